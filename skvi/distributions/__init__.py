@@ -1,0 +1,1 @@
+"""Exact expectations, entropies and KL divergences, in nats, with every constant."""

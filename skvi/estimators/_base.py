@@ -1,0 +1,134 @@
+"""What the estimators share: the door where data come in, weights, and the score."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import validate_data
+
+from skvi.estimators._compat import check_sample_weight
+from skvi.runtime.device import resolve_device
+
+# Squares, their sums and the ratios of scales stay far from overflow inside this range.
+LARGEST_VALUE = 1e160
+
+
+class Door(NamedTuple):
+    """Validated input of one call.
+
+    Attributes
+    ----------
+    X : ndarray of shape (N, D)
+        float64 or float32, finite.
+    y : ndarray or None
+        float64, finite, where the call takes a target.
+    device : torch.device
+        Where the call computes.
+    """
+
+    X: np.ndarray
+    y: np.ndarray | None
+    device: torch.device
+
+
+def to_host(data: Any) -> Any:
+    """Return a tensor as a NumPy array; anything else as it is."""
+    return data.detach().cpu().numpy() if isinstance(data, torch.Tensor) else data
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Return a tensor of any device as a NumPy array that owns its memory."""
+    return tensor.detach().cpu().numpy().copy()
+
+
+def weighted_mean(values: np.ndarray, weight: np.ndarray) -> float:
+    """Mean of finite values under non-negative weights of any magnitude."""
+    weight = weight / weight.max()
+    return float(weight @ values / weight.sum())
+
+
+class VariationalEstimator(BaseEstimator):
+    """Base class: input validation with a device, sample weights, and nothing else.
+
+    Subclasses have a ``device`` parameter.
+    """
+
+    def _door(
+        self,
+        X: Any,
+        y: Any = None,
+        *,
+        reset: bool,
+        target: bool = False,
+        **check_params: Any,
+    ) -> Door:
+        """Validate what came in and decide where to compute.
+
+        Parameters
+        ----------
+        X : array-like or torch.Tensor of shape (N, D)
+        y : array-like of shape (N,) or (N, M)
+            Only looked at with ``target=True``.
+        reset : bool
+            True in fit, False elsewhere: feature names and count must then match.
+        target : bool, default=False
+            Whether y is a numeric target of the call.
+        **check_params
+            Passed on to :func:`sklearn.utils.validation.validate_data`.
+
+        Raises
+        ------
+        ValueError
+            From scikit-learn's checks; for an impossible device; and for numbers beyond 1e160,
+            whose squares leave the range of float64.
+        """
+        device = resolve_device(self.device, X)
+        X = to_host(X)
+        params: dict[str, Any] = {"dtype": [np.float64, np.float32], **check_params}
+        if target:
+            # y may hold integers: the target is a measurement, not a label.
+            X, y = validate_data(
+                self, X, to_host(y), reset=reset, multi_output=True, y_numeric=True, **params
+            )
+            y = np.asarray(y, dtype=np.float64)
+            _check_range(y, "y")
+        else:
+            X = validate_data(self, X, reset=reset, **params)
+            y = None
+        _check_range(X, "X")
+        return Door(X, y, device)
+
+    def _weights(self, sample_weight: Any, X: np.ndarray) -> np.ndarray:
+        """Return validated float64 sample weights of shape (N,): non-negative, not all zero.
+
+        Raises
+        ------
+        ValueError
+            For a wrong shape, negative, non-finite or all-zero weights, or a sum that overflows.
+        """
+        weight = check_sample_weight(
+            to_host(sample_weight), X, dtype=np.float64, ensure_non_negative=True
+        )
+        if not weight.any():
+            raise ValueError(
+                "Sample weights must contain at least one non-zero number: with all weights "
+                "zero there is nothing to fit or to average."
+            )
+        with np.errstate(over="ignore"):
+            total = weight.sum()
+        # A million units of room below the largest float, for the products with squared data.
+        if not total < 1e300:
+            raise ValueError(
+                f"The sample weights sum to {total:g}, too large for float64 statistics; "
+                "rescale them (weights count how often a row was seen)."
+            )
+        return weight
+
+
+def _check_range(array: np.ndarray, name: str) -> None:
+    if array.size and max(array.max(), -array.min()) > LARGEST_VALUE:
+        raise ValueError(
+            f"{name} contains values beyond {LARGEST_VALUE:g} in magnitude, whose squares leave "
+            "the range of float64; rescale the data, for example with StandardScaler."
+        )

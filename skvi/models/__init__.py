@@ -1,0 +1,1 @@
+"""What to optimise: pure torch functions on small immutable records."""

@@ -1,0 +1,1 @@
+"""Bayesian Gaussian mixture: weights x components, bound, predictive."""

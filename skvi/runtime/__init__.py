@@ -1,0 +1,1 @@
+"""Devices, random generators, row blocks, small linear algebra: nothing else touches them."""

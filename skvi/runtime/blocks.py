@@ -1,0 +1,104 @@
+"""Row blocks: a pass over data is a loop over blocks that fit the cache or the device."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Bytes of float64 workspace that one block may take: about the L2 cache of a CPU core, or a
+# share of a GPU's memory that leaves room for everything else.
+_WORKSPACE_BYTES = {"cpu": 1 << 21, "cuda": 1 << 29}
+
+
+def block_rows(floats_per_row: int, device: torch.device) -> int:
+    """Return how many rows of `floats_per_row` float64 numbers fit a block on `device`."""
+    budget = _WORKSPACE_BYTES[device.type] // 8
+    return max(64, budget // max(1, floats_per_row))
+
+
+def row_slices(n_rows: int, rows_per_block: int) -> Iterator[slice]:
+    """Yield consecutive slices that cover ``range(n_rows)``."""
+    for start in range(0, n_rows, rows_per_block):
+        yield slice(start, min(start + rows_per_block, n_rows))
+
+
+class Affine(NamedTuple):
+    """The map ``x -> (x - shift) / scale`` that fitted units are related to original ones by.
+
+    Scales are powers of two, so that dividing by them is exact.
+
+    Attributes
+    ----------
+    shift : ndarray of shape (D,)
+    scale : ndarray of shape (D,)
+    """
+
+    shift: np.ndarray
+    scale: np.ndarray
+
+    @property
+    def log_abs_det(self) -> float:
+        """``sum_j log scale_j``: subtract it from a log density in fitted units."""
+        return float(np.log(self.scale).sum())
+
+
+def power_of_two(scale: np.ndarray) -> np.ndarray:
+    """Round positive numbers to a power of two; zero (no spread) becomes one."""
+    _, exponent = np.frexp(scale)
+    # The clip keeps both the power and its reciprocal normal numbers.
+    power = np.ldexp(1.0, np.clip(exponent, -1021, 1021))
+    return np.where(scale > 0, power, 1.0)
+
+
+class Rows:
+    """Rows of a NumPy array, read block by block as float64 tensors in fitted units.
+
+    The array is never copied as a whole on the CPU. On a GPU the converted rows stay resident,
+    because moving them in every pass would cost more than the pass.
+
+    Parameters
+    ----------
+    X : ndarray of shape (N, D)
+        Any float dtype; may be read-only or memory-mapped.
+    affine : Affine
+        Applied to each block in float64.
+    device : torch.device
+    weight : ndarray of shape (N,), optional
+        Sample weights; None stands for ones.
+    """
+
+    def __init__(
+        self,
+        X: np.ndarray,
+        affine: Affine,
+        device: torch.device,
+        weight: np.ndarray | None = None,
+    ) -> None:
+        self.n_rows, self.n_features = X.shape
+        self.device = device
+        self._X = X
+        self._affine = affine
+        self._weight = np.ones(self.n_rows) if weight is None else weight
+        self._resident = None if device.type == "cpu" else self._convert(slice(0, self.n_rows))
+
+    def _convert(self, rows: slice) -> tuple[Tensor, Tensor]:
+        x = self._X[rows].astype(np.float64)  # a copy: the input is never written to
+        x -= self._affine.shift
+        x /= self._affine.scale
+        weight = np.array(self._weight[rows], dtype=np.float64)
+        return torch.from_numpy(x).to(self.device), torch.from_numpy(weight).to(self.device)
+
+    def __getitem__(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return the rows (B, D) in fitted units and their weights (B,)."""
+        if self._resident is None:
+            return self._convert(rows)
+        x, weight = self._resident
+        return x[rows], weight[rows]
+
+    def blocks(self, floats_per_row: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield ``(rows, x, weight)`` in blocks whose workspace is `floats_per_row` a row."""
+        for rows in row_slices(self.n_rows, block_rows(floats_per_row, self.device)):
+            x, weight = self[rows]
+            yield rows, x, weight

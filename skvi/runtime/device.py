@@ -1,0 +1,49 @@
+"""Where a computation runs."""
+
+import torch
+
+
+def resolve_device(device: str | torch.device, data: object = None) -> torch.device:
+    """Turn the ``device`` parameter of an estimator into a device that exists.
+
+    Parameters
+    ----------
+    device : str or torch.device
+        ``"auto"``: the device of `data` if it is a tensor, else CUDA if there is one, else the
+        CPU. Anything else names a device explicitly and is never replaced by another one.
+    data : object, optional
+        The input of the call; only looked at if it is a ``torch.Tensor``.
+
+    Returns
+    -------
+    torch.device
+
+    Raises
+    ------
+    ValueError
+        If an explicit device is unknown to torch or missing on this machine.
+    """
+    if device == "auto":
+        if isinstance(data, torch.Tensor):
+            return data.device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} is not a device that torch knows; "
+            'use "auto", "cpu", "cuda" or "cuda:<index>".'
+        ) from error
+    if resolved.type not in {"cpu", "cuda"}:
+        raise ValueError(
+            f"device={device!r} is not supported: skvi decides bounds in float64 and is tested "
+            'on "cpu" and "cuda" only.'
+        )
+    if resolved.type == "cuda":
+        n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (resolved.index or 0) >= n_devices:
+            raise ValueError(
+                f"device={device!r} was asked for, but torch sees {n_devices} CUDA device(s) on "
+                'this machine; use device="auto" or "cpu", or install a CUDA build of torch.'
+            )
+    return resolved

@@ -1,0 +1,45 @@
+"""Private random generators: the global ones are never read and never set."""
+
+import numpy as np
+import torch
+
+# Seeds are drawn below 2**31 so that every generator in the ecosystem accepts them.
+_SEED_BOUND = 2**31
+
+
+def draw_seed(random_state: int | np.random.RandomState | np.random.Generator | None) -> int:
+    """Draw one integer seed from what scikit-learn calls a ``random_state``.
+
+    Parameters
+    ----------
+    random_state : int, RandomState, Generator or None
+        An int is returned as it is (reproducible); a generator is advanced by one draw; None
+        takes fresh entropy from the operating system, not from NumPy's global generator.
+
+    Returns
+    -------
+    int
+        In ``[0, 2**32)``.
+
+    Raises
+    ------
+    ValueError
+        If `random_state` is none of the above.
+    """
+    if random_state is None:
+        return int(np.random.default_rng().integers(_SEED_BOUND))
+    if isinstance(random_state, np.random.Generator):
+        return int(random_state.integers(_SEED_BOUND))
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(_SEED_BOUND - 1))
+    if isinstance(random_state, int | np.integer) and 0 <= random_state < 2**32:
+        return int(random_state)
+    raise ValueError(
+        f"random_state={random_state!r} cannot seed a generator; use None, an integer in "
+        "[0, 2**32), a numpy RandomState or a numpy Generator."
+    )
+
+
+def make_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a private generator on `device`, seeded with `seed`."""
+    return torch.Generator(device=device).manual_seed(seed)
