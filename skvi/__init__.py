@@ -4,4 +4,8 @@ Estimators that fit, transform, sample and score by the evidence lower bound (EL
 every constant: ``score(X)`` is the mean over rows of a lower bound on ``log p(x)``.
 """
 
+from skvi.estimators.gmm import VariationalGMM
+
+__all__ = ["VariationalGMM", "__version__"]
+
 __version__ = "0.1.0"

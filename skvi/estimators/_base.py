@@ -1,5 +1,7 @@
 """What the estimators share: the door where data come in, weights, and the score."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +13,7 @@ from skvi.estimators._compat import check_sample_weight
 from skvi.runtime.device import resolve_device
 
 # Squares, their sums and the ratios of scales stay far from overflow inside this range.
-LARGEST_VALUE = 1e160
+LARGEST_VALUE = 1e152
 
 
 class Door(NamedTuple):
@@ -80,7 +82,7 @@ class VariationalEstimator(BaseEstimator):
         Raises
         ------
         ValueError
-            From scikit-learn's checks; for an impossible device; and for numbers beyond 1e160,
+            From scikit-learn's checks; for an impossible device; and for numbers beyond 1e152,
             whose squares leave the range of float64.
         """
         device = resolve_device(self.device, X)
@@ -98,6 +100,17 @@ class VariationalEstimator(BaseEstimator):
             y = None
         _check_range(X, "X")
         return Door(X, y, device)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Leave the estimator as it was if fitting raises or is interrupted."""
+        before = self.__dict__.copy()
+        try:
+            yield
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
 
     def _weights(self, sample_weight: Any, X: np.ndarray) -> np.ndarray:
         """Return validated float64 sample weights of shape (N,): non-negative, not all zero.
@@ -127,7 +140,7 @@ class VariationalEstimator(BaseEstimator):
 
 
 def _check_range(array: np.ndarray, name: str) -> None:
-    if array.size and max(array.max(), -array.min()) > LARGEST_VALUE:
+    if array.size and max(float(array.max()), -float(array.min())) > LARGEST_VALUE:
         raise ValueError(
             f"{name} contains values beyond {LARGEST_VALUE:g} in magnitude, whose squares leave "
             "the range of float64; rescale the data, for example with StandardScaler."

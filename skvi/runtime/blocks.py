@@ -25,9 +25,7 @@ def row_slices(n_rows: int, rows_per_block: int) -> Iterator[slice]:
 
 
 class Affine(NamedTuple):
-    """The map ``x -> (x - shift) / scale`` that fitted units are related to original ones by.
-
-    Scales are powers of two, so that dividing by them is exact.
+    """The map ``x -> (x - shift) / scale`` from original units to fitted ones.
 
     Attributes
     ----------
@@ -77,21 +75,22 @@ class Rows:
         weight: np.ndarray | None = None,
     ) -> None:
         self.n_rows, self.n_features = X.shape
+        self.dtype = X.dtype
         self.device = device
         self._X = X
         self._affine = affine
         self._weight = np.ones(self.n_rows) if weight is None else weight
         self._resident = None if device.type == "cpu" else self._convert(slice(0, self.n_rows))
 
-    def _convert(self, rows: slice) -> tuple[Tensor, Tensor]:
-        x = self._X[rows].astype(np.float64)  # a copy: the input is never written to
+    def _convert(self, rows: slice | np.ndarray) -> tuple[Tensor, Tensor]:
+        x = np.array(self._X[rows], dtype=np.float64)  # a copy: the input is never written to
         x -= self._affine.shift
         x /= self._affine.scale
         weight = np.array(self._weight[rows], dtype=np.float64)
         return torch.from_numpy(x).to(self.device), torch.from_numpy(weight).to(self.device)
 
-    def __getitem__(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the rows (B, D) in fitted units and their weights (B,)."""
+    def __getitem__(self, rows: slice | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the rows (B, D) of a slice or an index in fitted units, and their weights (B,)."""
         if self._resident is None:
             return self._convert(rows)
         x, weight = self._resident

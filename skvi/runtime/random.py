@@ -43,3 +43,8 @@ def draw_seed(random_state: int | np.random.RandomState | np.random.Generator | 
 def make_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a private generator on `device`, seeded with `seed`."""
     return torch.Generator(device=device).manual_seed(seed)
+
+
+def make_rng(seed: int) -> np.random.Generator:
+    """Return a private NumPy generator, for draws on the host."""
+    return np.random.default_rng(seed)

@@ -1,0 +1,184 @@
+r"""The mixture as a whole: coordinate ascent, the bound row by row, the posterior predictive.
+
+With the global posterior ``q(pi) prod_k q(mu_k, Lambda_k)`` held fixed, the best ``q(z_n)`` is
+
+.. math::
+    \log\rho_{nk} = E[\log\pi_k] + E[\log N(x_n|\mu_k, \Lambda_k^{-1})], \quad
+    r_{nk} = \rho_{nk} / \sum_j \rho_{nj},
+
+and the bound of row n is ``log sum_k rho_nk``; Bishop (2006), equations 10.46-10.49. Tensors of
+rows run (K, B): components first, so that every reduction over K reads contiguous rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skvi.models.mixture.components import Components, Moments
+from skvi.models.mixture.weights import Weights
+from skvi.models.terms import ElboTerms
+from skvi.runtime.blocks import Rows
+
+
+class Posterior(NamedTuple):
+    """``q(pi) prod_k q(mu_k, Lambda_k)``; a prior is the same record with one component.
+
+    Attributes
+    ----------
+    weights : Weights
+    components : Components
+    """
+
+    weights: Weights
+    components: Components
+
+    def map(self, function: Callable[[Any], Any]) -> Posterior:
+        """Apply `function` to every array."""
+        return Posterior(self.weights.map(function), self.components.map(function))
+
+    def kl(self, prior: Posterior) -> Tensor:
+        """``KL(q || p)`` of everything that rows share, in nats."""
+        return self.weights.kl(prior.weights) + self.components.kl(prior.components)
+
+
+class State(NamedTuple):
+    """A posterior and the statistics of the rows under it."""
+
+    posterior: Posterior
+    moments: Moments
+
+
+def floats_per_row(components: Components) -> int:
+    """Workspace of the functions below, in float64 numbers a row."""
+    K, D = components.mean.shape
+    return K * (3 * D + 4)
+
+
+def _log_rho(posterior: Posterior, diff: Tensor) -> Tensor:
+    """``log rho_nk`` of centred rows (K, B, D), shape (K, B)."""
+    return posterior.weights.E_log()[:, None] + posterior.components.E_log_prob(diff)
+
+
+def local_bound(posterior: Posterior, x: Tensor) -> Tensor:
+    """``log sum_k rho_nk`` of rows (B, D), shape (B,): the local bound in nats."""
+    return _log_rho(posterior, posterior.components.centred(x)).logsumexp(0)
+
+
+def responsibilities(posterior: Posterior, x: Tensor) -> Tensor:
+    """``r_nk`` of rows (B, D), shape (K, B)."""
+    return _log_rho(posterior, posterior.components.centred(x)).softmax(0)
+
+
+def elbo_terms(posterior: Posterior, x: Tensor) -> ElboTerms[Tensor]:
+    """Return the terms of the local bound of rows (B, D), each of shape (B,)."""
+    E_log_pi = posterior.weights.E_log()[:, None]  # (K, 1)
+    log_rho = _log_rho(posterior, posterior.components.centred(x))  # (K, B)
+    log_resp = log_rho.log_softmax(0)
+    resp = log_resp.exp()
+    # 0 log 0 = 0: a responsibility that underflowed must not turn -inf into NaN.
+    log_resp = log_resp.clamp_min(torch.finfo(log_resp.dtype).min)
+    return ElboTerms(
+        reconstruction=(resp * (log_rho - E_log_pi)).sum(0),
+        kl=(resp * (log_resp - E_log_pi)).sum(0),
+        energy=(resp * log_rho).sum(0),
+        entropy=-(resp * log_resp).sum(0),
+    )
+
+
+def log_predictive(posterior: Posterior, prior: Posterior, x: Tensor) -> Tensor:
+    """Log posterior predictive density of rows (B, D), shape (B,).
+
+    ``log sum_k E[pi_k] t_k(x)`` with the Student-t of each component; under a Dirichlet process
+    the mass beyond the truncation goes to the prior predictive.
+    """
+    log_weight, log_rest = posterior.weights.log_mean()
+    components, new = posterior.components, prior.components
+    inside = log_weight[:, None] + components.log_student(components.centred(x))  # (K, B)
+    beyond = log_rest + new.log_student(new.centred(x))  # (1, B)
+    return torch.cat([inside, beyond]).logsumexp(0)
+
+
+def expectation(posterior: Posterior, rows: Rows) -> tuple[Moments, float]:
+    """One pass over the rows: their statistics and their weighted local bound.
+
+    Returns
+    -------
+    moments : Moments
+        Under the responsibilities of `posterior`, about its means.
+    bound : float
+        ``sum_n s_n log sum_k rho_nk`` in nats.
+    """
+    components = posterior.components
+    moments: Moments | None = None
+    bound = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for _, x, weight in rows.blocks(floats_per_row(components)):
+        diff = components.centred(x)  # (K, B, D)
+        log_rho = _log_rho(posterior, diff)  # (K, B)
+        row_bound = log_rho.logsumexp(0)  # (B,)
+        bound += weight @ row_bound
+        resp = (log_rho - row_bound).exp_().mul_(weight)
+        block = components.moments(components.mean, diff, resp)
+        moments = block if moments is None else moments + block
+    assert moments is not None  # rows are never empty
+    return moments, float(bound)
+
+
+def maximisation(prior: Posterior, moments: Moments) -> Posterior:
+    """Return the optimal global posterior given the statistics of the rows.
+
+    The labels may be exchanged for an order of components that the weights' prior likes better.
+    """
+    order = prior.weights.best_order(moments.counts)
+    if order is not None:
+        moments = moments.reordered(order)
+    return Posterior(prior.weights.update(moments.counts), prior.components.update(moments))
+
+
+def coordinate_ascent(prior: Posterior, rows: Rows) -> Callable[[State], tuple[State, float]]:
+    """Return the step of coordinate ascent: the next state and its bound in nats."""
+
+    def step(state: State) -> tuple[State, float]:
+        posterior = maximisation(prior, state.moments)
+        moments, local = expectation(posterior, rows)
+        return State(posterior, moments), local - float(posterior.kl(prior))
+
+    return step
+
+
+def sample(
+    posterior: Posterior, prior: Posterior, n_samples: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw from the posterior predictive; arrays of the records are NumPy.
+
+    Parameters
+    ----------
+    posterior, prior : Posterior
+        On the host.
+    n_samples : int
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    x : ndarray of shape (n_samples, D)
+    labels : ndarray of shape (n_samples,)
+        K stands for a component beyond the truncation, drawn from the prior predictive.
+    """
+    posterior, prior = posterior.map(torch.as_tensor), prior.map(torch.as_tensor)
+    log_weight, log_rest = posterior.weights.log_mean()
+    mass = torch.cat([log_weight, log_rest[None]]).exp().numpy()
+    K = mass.size - 1
+    labels = rng.choice(K + 1, size=n_samples, p=mass / mass.sum())
+    x = np.empty((n_samples, prior.components.n_features))
+    for law, chosen, owner in (
+        (posterior.components, labels < K, labels[labels < K]),
+        (prior.components, labels == K, np.zeros((labels == K).sum(), dtype=int)),
+    ):
+        if owner.size:
+            mean, kappa = law.mean.numpy()[owner], law.kappa.numpy()[owner]
+            x[chosen] = mean + np.sqrt(1.0 + 1.0 / kappa)[:, None] * law.draw_noise(owner, rng)
+    return x, labels

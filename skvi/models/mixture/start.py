@@ -1,0 +1,188 @@
+"""Where a mixture starts: statistics of the rows under first responsibilities.
+
+Every start depends on the weighted set of rows alone: not on their order, and integer weights act
+exactly like repeated rows. Random choices are made by inverting the cumulative weight along a
+canonical order (the rank along a random direction), where a row of weight w and w copies of it
+occupy the same interval.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skvi.models.mixture.components import Components, Moments
+from skvi.runtime.blocks import Rows
+
+# Seeding looks at no more rows than this, drawn in proportion to their weight.
+_MAX_SEED_ROWS = 20_000
+_MAX_LLOYD_PASSES = 100
+
+
+def start(
+    kind: str,
+    rows: Rows,
+    shape: type[Components],
+    n_components: int,
+    rng: np.random.Generator,
+) -> Moments:
+    """Return the statistics that the first posterior is computed from.
+
+    Parameters
+    ----------
+    kind : {"k-means++", "kmeans", "random_from_data", "random"}
+        Hard assignment to centres chosen by greedy k-means++, refined by Lloyd's algorithm, or
+        picked among the rows; or random responsibilities, where equal rows get equal ones.
+    rows : Rows
+    shape : type of Components
+    n_components : int
+    rng : numpy.random.Generator
+    """
+    if kind == "random":
+        resp = _random_responsibilities(n_components, rows, rng)
+        reference = torch.zeros(
+            n_components, rows.n_features, dtype=torch.float64, device=rows.device
+        )
+    else:
+        choose = _random_rows if kind == "random_from_data" else _kmeans_plusplus
+        centres = torch.from_numpy(choose(n_components, *_seed_rows(rows, rng), rng))
+        centres = centres.to(rows.device)
+        if kind == "kmeans":
+            centres = _lloyd(centres, rows)
+        # Fewer distinct rows than components: the components left over start empty.
+        reference = torch.zeros(n_components, rows.n_features).to(centres)
+        reference[: len(centres)] = centres
+
+        def resp(x: Tensor) -> Tensor:
+            return _one_hot(_nearest(centres, x), n_components)
+
+    moments: Moments | None = None
+    for _, x, weight in rows.blocks(3 * n_components * rows.n_features):
+        diff = x[None, :, :] - reference[:, None, :]  # (K, B, D)
+        block = shape.moments(reference, diff, resp(x) * weight)
+        moments = block if moments is None else moments + block
+    assert moments is not None  # rows are never empty
+    return moments
+
+
+def _seed_rows(rows: Rows, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows (M, D) in canonical order and their weights (M,), M at most _MAX_SEED_ROWS.
+
+    Beyond that many, a systematic sample: equally spaced points of the cumulative weight, each
+    standing for the same share of it.
+    """
+    direction = torch.from_numpy(rng.standard_normal(rows.n_features)).to(rows.device)
+    offset = rng.random()
+    rank, weight = np.empty(rows.n_rows), np.empty(rows.n_rows)
+    for where, x, w in rows.blocks(rows.n_features):
+        rank[where] = (x @ direction).cpu().numpy()
+        weight[where] = w.cpu().numpy()
+    order = np.argsort(rank, kind="stable")
+    cumulative = weight[order].cumsum()
+    total = cumulative[-1]
+    # Repeated rows count as often as their weight says, so this branches alike for both.
+    if max(total, rows.n_rows) > _MAX_SEED_ROWS:
+        points = (np.arange(_MAX_SEED_ROWS) + offset) * (total / _MAX_SEED_ROWS)
+        order = order[_invert(cumulative, points)]
+        seed_weight = np.full(_MAX_SEED_ROWS, total / _MAX_SEED_ROWS)
+    else:
+        seed_weight = weight[order]
+    return rows[order][0].cpu().numpy(), seed_weight
+
+
+def _invert(cumulative: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Index of the interval of `cumulative` that each point falls in."""
+    index = np.searchsorted(cumulative, points, side="right")
+    return np.minimum(index, cumulative.size - 1)
+
+
+def _square_distance(x: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Squared distances (M, D), (L, D) -> (L, M), exactly zero for equal rows."""
+    return np.stack([np.square(x - centre).sum(-1) for centre in centres])
+
+
+def _kmeans_plusplus(
+    n_components: int, x: np.ndarray, weight: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007) on weighted rows in canonical order.
+
+    Returns at most `n_components` centres: fewer where fewer rows are distinct.
+    """
+    n_candidates = 2 + int(math.log(n_components))
+    first = _invert(weight.cumsum(), rng.random(1) * weight.sum())
+    centres = [x[first[0]]]
+    distance = _square_distance(x, x[first])[0]  # (M,)
+    while len(centres) < n_components:
+        cumulative = (weight * distance).cumsum()
+        if not cumulative[-1] > 0.0:
+            break
+        candidates = _invert(cumulative, rng.random(n_candidates) * cumulative[-1])
+        shrunk = np.minimum(distance, _square_distance(x, x[candidates]))  # (L, M)
+        best = (shrunk @ weight).argmin()
+        centres.append(x[candidates[best]])
+        distance = shrunk[best]
+    return np.stack(centres)
+
+
+def _random_rows(
+    n_components: int, x: np.ndarray, weight: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Pick distinct rows with probability proportional to their weight."""
+    centres: list[np.ndarray] = []
+    left = weight.copy()
+    while len(centres) < n_components and left.any():
+        cumulative = left.cumsum()
+        chosen = x[_invert(cumulative, rng.random(1) * cumulative[-1])]
+        centres.append(chosen[0])
+        left[(x == chosen).all(-1)] = 0.0
+    return np.stack(centres)
+
+
+def _nearest(centres: Tensor, x: Tensor) -> Tensor:
+    """Index of the nearest centre of rows (B, D), shape (B,)."""
+    return (x[None, :, :] - centres[:, None, :]).square().sum(-1).argmin(0)
+
+
+def _one_hot(labels: Tensor, n_components: int) -> Tensor:
+    """Responsibilities (K, B) of hard labels (B,)."""
+    return torch.nn.functional.one_hot(labels, n_components).T.double()
+
+
+def _lloyd(centres: Tensor, rows: Rows) -> Tensor:
+    """Lloyd's algorithm; a centre that loses all its rows stays where it is."""
+    for _ in range(_MAX_LLOYD_PASSES):
+        counts = torch.zeros_like(centres[:, 0])  # (K,)
+        shift = torch.zeros_like(centres)  # (K, D)
+        for _, x, weight in rows.blocks(2 * centres.numel()):
+            labels = _nearest(centres, x)
+            resp = _one_hot(labels, len(centres)) * weight  # (K, B)
+            counts += resp.sum(-1)
+            shift += resp @ (x - centres[labels])
+        shift = torch.where(counts[:, None] > 0, shift / counts[:, None], 0.0)
+        centres = centres + shift
+        # Fitted units: rows have unit spread, so this is far below what the start can feel.
+        if float(shift.abs().max()) < 1e-6:
+            break
+    return centres
+
+
+def _random_responsibilities(
+    n_components: int, rows: Rows, rng: np.random.Generator
+) -> Callable[[Tensor], Tensor]:
+    """Return a random function from rows (B, D) to responsibilities (K, B).
+
+    ``r_nk`` is proportional to ``1 + cos(omega_k' x_n + phi_k)``: as rough as independent draws
+    for distinct rows, but the same for equal rows wherever they stand.
+    """
+    D = rows.n_features
+    frequency = torch.from_numpy(20.0 * rng.standard_normal((n_components, D)) / math.sqrt(D))
+    phase = torch.from_numpy(rng.uniform(0.0, 2.0 * math.pi, n_components))
+    frequency, phase = frequency.to(rows.device), phase.to(rows.device)
+
+    def resp(x: Tensor) -> Tensor:
+        raw = 1.0 + torch.cos(frequency @ x.T + phase[:, None])  # (K, B)
+        return raw / raw.sum(0)
+
+    return resp

@@ -1,0 +1,131 @@
+"""Laws of the mixing weights: a Dirichlet, or the stick-breaking of a Dirichlet process.
+
+Both are conjugate to the categorical labels. A prior and a posterior are the same kind of record:
+``posterior = prior.update(counts)``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from skvi.distributions import dirichlet, stick_breaking
+
+
+class Weights(Protocol):
+    """What the mixture asks of a law of its weights."""
+
+    def update(self, counts: Tensor) -> Self:
+        """Return the posterior of this prior given expected `counts`, shape (K,)."""
+
+    def E_log(self) -> Tensor:
+        """``E[log pi_k]``, shape (K,)."""
+
+    def log_mean(self) -> tuple[Tensor, Tensor]:
+        """``log E[pi_k]``, shape (K,), and the log of the mass beyond the truncation, scalar."""
+
+    def kl(self, prior: Self) -> Tensor:
+        """``KL(self || prior)``, a scalar."""
+
+    def best_order(self, counts: Tensor) -> Tensor | None:
+        """Return the order of components that raises the bound under this prior, if any does."""
+
+    def map(self, function: Callable[[Any], Any]) -> Self:
+        """Apply `function` to every array."""
+
+
+@dataclass(frozen=True)
+class Dirichlet:
+    """``pi ~ Dir(a)``; posterior ``a_k = a0_k + N_k``.
+
+    Attributes
+    ----------
+    concentration : Tensor of shape (K,)
+    """
+
+    concentration: Tensor
+
+    @classmethod
+    def prior(cls, n_components: int, concentration: float, device: torch.device) -> Self:
+        """Symmetric prior ``Dir(a0, ..., a0)``."""
+        return cls(torch.full((n_components,), concentration, dtype=torch.float64, device=device))
+
+    def update(self, counts: Tensor) -> Self:
+        return type(self)(self.concentration + counts)
+
+    def E_log(self) -> Tensor:
+        return dirichlet.expected_log(self.concentration)
+
+    def log_mean(self) -> tuple[Tensor, Tensor]:
+        log_mean = dirichlet.mean(self.concentration).log()
+        return log_mean, torch.full_like(log_mean[0], -torch.inf)
+
+    def kl(self, prior: Self) -> Tensor:
+        return dirichlet.kl(self.concentration, prior.concentration)
+
+    def best_order(self, counts: Tensor) -> None:
+        """Return None: the symmetric prior does not see the order."""
+
+    def map(self, function: Callable[[Any], Any]) -> Self:
+        return type(self)(function(self.concentration))
+
+
+@dataclass(frozen=True)
+class StickBreaking:
+    """``v_k ~ Beta(1, a0)``, ``pi_k = v_k prod_{j<k} (1 - v_j)``, nested truncation.
+
+    Posterior ``Beta(1 + N_k, a0 + sum_{j>k} N_j)``; Blei & Jordan (2006), equations 18-19.
+
+    Attributes
+    ----------
+    a, b : Tensor of shape (K,)
+        The Beta parameters of each stick.
+    """
+
+    a: Tensor
+    b: Tensor
+
+    @classmethod
+    def prior(cls, n_components: int, concentration: float, device: torch.device) -> Self:
+        """Return the sticks of a Dirichlet process with concentration `a0`."""
+        ones = torch.ones(n_components, dtype=torch.float64, device=device)
+        return cls(ones, concentration * ones)
+
+    def update(self, counts: Tensor) -> Self:
+        # Summed from the end, so that an empty tail is exactly zero.
+        later = counts.flip(0).cumsum(0).flip(0) - counts
+        return type(self)(self.a + counts, self.b + later.clamp_min(0.0))
+
+    def E_log(self) -> Tensor:
+        return stick_breaking.expected_log(self.a, self.b)
+
+    def log_mean(self) -> tuple[Tensor, Tensor]:
+        return stick_breaking.log_mean(self.a, self.b)
+
+    def kl(self, prior: Self) -> Tensor:
+        return stick_breaking.kl(self.a, self.b, prior.a, prior.b)
+
+    def best_order(self, counts: Tensor) -> Tensor | None:
+        """Return the order of decreasing counts if it raises the bound, else None.
+
+        Given the labels, the bound depends on the order of components through the sticks alone:
+        ``sum_k N_k E[log pi_k] - KL(q || p)`` at the optimal sticks for that order.
+        """
+        order = counts.argsort(descending=True, stable=True)
+        gain = self._evidence(counts[order]) - self._evidence(counts)
+        return order if bool(gain > 0.0) else None
+
+    def _evidence(self, counts: Tensor) -> Tensor:
+        posterior = self.update(counts)
+        return counts @ posterior.E_log() - posterior.kl(self)
+
+    def map(self, function: Callable[[Any], Any]) -> Self:
+        return type(self)(function(self.a), function(self.b))
+
+
+WEIGHTS: dict[str, type[Dirichlet] | type[StickBreaking]] = {
+    "dirichlet_distribution": Dirichlet,
+    "dirichlet_process": StickBreaking,
+}
