@@ -29,10 +29,17 @@ from skvi.runtime.random import draw_seed, make_rng
 
 # A correlation matrix whose smallest eigenvalue is below this is singular to working precision.
 _SINGULAR = 1e-13
-# The default covariance_prior keeps every eigenvalue of its correlation matrix above this.
-_SMALLEST_CORRELATION = 1e-6
+# Below this the default covariance_prior is shrunk. Not "just enough", to 1e-8, say: squared
+# distances in such a direction would keep half their digits and drown everything else.
+_NEARLY_SINGULAR = 1e-8
 # Rows further from the training data than this, in units of their spread, have no finite square.
 _LARGEST_FITTED = 1e150
+_EXTREME = (
+    "A posterior covariance is singular to working precision: the data, the priors and the sample "
+    "weights differ by too many orders of magnitude. Rescale the sample weights, standardise the "
+    'data, remove collinear features or use covariance_type="diag", or give a larger '
+    "covariance_prior."
+)
 
 
 class _Hyperparameters(NamedTuple):
@@ -351,13 +358,12 @@ class VariationalGMM(
             return state, value - change_of_units
 
         monitor = Monitor(self.tol, scale=total, verbose=self.verbose, name="VariationalGMM")
-        solution = climb(step, state, max_iter=self.max_iter, monitor=monitor)
+        try:
+            solution = climb(step, state, max_iter=self.max_iter, monitor=monitor)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(_EXTREME) from error
         if solution.status is Status.NON_FINITE:
-            raise ValueError(
-                "The bound left the range of float64. The priors or sample weights are too "
-                "extreme for these data: bring covariance_prior, mean_precision_prior and "
-                "sample_weight within a few hundred orders of magnitude of the data's own scale."
-            )
+            raise ValueError(_EXTREME)
         return solution
 
     def _fitted_units(self, X: np.ndarray, weight: np.ndarray) -> Affine:
@@ -458,22 +464,20 @@ class VariationalGMM(
             raise ValueError(_constant_message(constant.tolist()))
         if not matrix:
             return variances * affine.scale**2
-        smallest = float(_correlation_eigenvalues(fitted)[0])
-        if smallest < _SMALLEST_CORRELATION:
-            # (1 - c) C + c I has the smallest eigenvalue asked for.
-            shrink = (_SMALLEST_CORRELATION - smallest) / (1.0 - smallest)
-            fitted = (1.0 - shrink) * fitted + shrink * np.diag(variances)
+        if _correlation_eigenvalues(fitted)[0] < _NEARLY_SINGULAR:
+            fitted = 0.9 * fitted + 0.1 * np.diag(variances)
         return fitted * affine.scale * affine.scale[:, None]
 
     def _prior(self, hyper: _Hyperparameters, affine: Affine, device: torch.device) -> Posterior:
         """Return the prior in fitted units, as tensors on `device`."""
         shape = COMPONENTS[self.covariance_type]
         mean = (hyper.mean - affine.shift) / affine.scale
-        covariance = np.asarray(hyper.covariance) / affine.scale[0] ** 2
-        if self.covariance_type in {"full", "tied"}:
-            covariance = hyper.covariance / affine.scale / affine.scale[:, None]
+        if self.covariance_type == "spherical":
+            covariance = np.asarray(hyper.covariance / affine.scale[0] / affine.scale[0])
         elif self.covariance_type == "diag":
-            covariance = hyper.covariance / affine.scale**2
+            covariance = hyper.covariance / affine.scale / affine.scale
+        else:
+            covariance = hyper.covariance / affine.scale / affine.scale[:, None]
 
         def tensor(array: Any) -> torch.Tensor:
             return torch.as_tensor(array, dtype=torch.float64, device=device)
@@ -502,14 +506,21 @@ class VariationalGMM(
             factor = inv_chol(components.root).mT * components.dof.sqrt()[:, None, None]
             chol = to_numpy(factor) / scale[:, None]  # (K, D, D) or (1, D, D)
             covariances = covariances * scale * scale[:, None]
-            precisions = chol @ np.swapaxes(chol, -1, -2)
+            with np.errstate(over="ignore"):
+                precisions = chol @ np.swapaxes(chol, -1, -2)
             if self.covariance_type == "tied":
                 chol, covariances, precisions = chol[0], covariances[0], precisions[0]
         else:
             unit = scale if self.covariance_type == "diag" else scale[0]
             covariances = covariances * unit**2
-            chol = 1.0 / np.sqrt(covariances)
-            precisions = chol**2
+            chol = to_numpy(components.covariances().rsqrt()) / unit
+            with np.errstate(over="ignore"):
+                precisions = chol**2
+        if not np.isfinite(precisions).all():
+            raise ValueError(
+                "The posterior precisions leave the range of float64; rescale the data, for "
+                "example with StandardScaler."
+            )
         self.covariances_ = covariances
         self.precisions_ = precisions
         self.precisions_cholesky_ = chol

@@ -119,9 +119,13 @@ def expectation(posterior: Posterior, rows: Rows) -> tuple[Moments, float]:
     for _, x, weight in rows.blocks(floats_per_row(components)):
         diff = components.centred(x)  # (K, B, D)
         log_rho = _log_rho(posterior, diff)  # (K, B)
-        row_bound = log_rho.logsumexp(0)  # (B,)
-        bound += weight @ row_bound
-        resp = (log_rho - row_bound).exp_().mul_(weight)
+        # One exponential serves both. Responsibilities are normalised explicitly: a row 1e10
+        # spreads away has log rho of 1e19, where log sum exp cannot hold the log 2 of a tie.
+        largest = log_rho.amax(0)  # (B,)
+        resp = log_rho.sub_(largest).exp_()
+        total = resp.sum(0)
+        bound += weight @ (largest + total.log())
+        resp.mul_(weight / total)
         block = components.moments(components.mean, diff, resp)
         moments = block if moments is None else moments + block
     assert moments is not None  # rows are never empty
