@@ -19,7 +19,7 @@ from skvi.inference.loop import Solution, climb
 from skvi.inference.monitor import Monitor, Status
 from skvi.models.mixture import bound, start
 from skvi.models.mixture.bound import Posterior, State
-from skvi.models.mixture.components import COMPONENTS
+from skvi.models.mixture.components import COMPONENTS, Components
 from skvi.models.mixture.weights import WEIGHTS
 from skvi.models.terms import ElboTerms
 from skvi.runtime.blocks import Affine, Rows
@@ -552,7 +552,10 @@ class VariationalGMM(
         return Rows(door.X, self._model.affine, door.device)
 
     def _per_row(
-        self, rows: Rows, function: Callable[[Posterior, Posterior, torch.Tensor], torch.Tensor]
+        self,
+        rows: Rows,
+        function: Callable[[Posterior, Posterior, torch.Tensor], torch.Tensor],
+        width: Callable[[Components], int] = bound.floats_per_row,
     ) -> np.ndarray:
         """Apply ``function(posterior, prior, x)``, (B, D) -> (..., B), block by block.
 
@@ -561,7 +564,7 @@ class VariationalGMM(
         ndarray of shape (..., n_samples)
         """
         posterior, prior = self._model.on(rows.device)
-        blocks = rows.blocks(bound.floats_per_row(posterior.components))
+        blocks = rows.blocks(width(posterior.components))
         return np.concatenate(
             [function(posterior, prior, x).cpu().numpy() for _, x, _ in blocks], axis=-1
         )
@@ -629,7 +632,9 @@ class VariationalGMM(
         -------
         ndarray of shape (n_samples,)
         """
-        density = self._per_row(self._rows(X), bound.log_predictive)
+        density = self._per_row(
+            self._rows(X), bound.log_predictive, bound.predictive_floats_per_row
+        )
         return density - self._model.affine.log_abs_det
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:

@@ -69,9 +69,9 @@ def _problem(shape, law, *, D=2, K=3, N=12, seed=0, weighted=False):
 
 def _update(problem):
     """Return the posterior from the problem's responsibilities, by the code under test."""
-    reference = _t(problem.X[: problem.K])
-    diff = _t(problem.X)[None] - reference[:, None]
-    moments = problem.cls.moments(reference, diff, _t((problem.weight[:, None] * problem.resp).T))
+    reference = torch.zeros(problem.K, problem.D, dtype=torch.float64)
+    x, resp = _t(problem.X), _t((problem.weight[:, None] * problem.resp).T)
+    moments = problem.cls.unpack(reference, problem.cls.sums(x, problem.cls.monomials(x), resp))
     return Posterior(
         problem.prior.weights.update(moments.counts), problem.prior.components.update(moments)
     )
@@ -201,9 +201,7 @@ def _reference_bound(p):
 
 def _bound_at(problem, posterior, resp):
     """The bound of the code under test for arbitrary responsibilities (K, N), as a tensor."""
-    x = _t(problem.X)
-    E_log_pi = posterior.weights.E_log()[:, None]
-    log_rho = E_log_pi + posterior.components.E_log_prob(posterior.components.centred(x))
+    log_rho = bound.log_rho(posterior, _t(problem.X))
     rows = (resp * (log_rho - resp.log())).sum(0)
     return (_t(problem.weight) * rows).sum() - posterior.kl(problem.prior)
 
@@ -407,7 +405,7 @@ def test_expected_log_density_by_quadrature(shape):
         return law.pdf(lam) * (weights @ values) / math.sqrt(2 * math.pi)
 
     expected = integrate.quad(inner, *law.ppf([1e-14, 1 - 1e-14]), epsabs=1e-11, limit=400)[0]
-    value = q.E_log_prob(q.centred(_t([[x]])))
+    value = q.E_log_prob(q.squared_distance(_t([[x]]), q.monomials(_t([[x]]))))
     np.testing.assert_allclose(float(value), expected, atol=1e-8)
 
 
@@ -601,16 +599,72 @@ def test_reordering_is_kept_only_where_it_raises_the_bound(law):
     assert value(best) == pytest.approx(value(order.tolist()), rel=1e-12)
 
 
+def _ill_conditioned(shape):
+    """Rows in fitted units: thin, tight clusters far apart and one ordinary cluster, labelled."""
+    rng = np.random.default_rng(0)
+    D, K, N = 4, 4, 400
+    matrix = shape in {"full", "tied"}
+    scales = np.array([0.3, 1e-2, 1e-4, 1e-6]) if matrix else np.full(D, 1e-6)
+    rotation = np.linalg.qr(rng.normal(size=(D, D)))[0] if matrix else np.eye(D)
+    labels = rng.integers(K, size=N)
+    X = 3.0 * rng.normal(size=(K, D))[labels] + (rng.normal(size=(N, D)) * scales) @ rotation
+    if shape != "tied":
+        X[labels == 0] += rng.normal(size=((labels == 0).sum(), D))
+    shift, unit = X.mean(0), X.std(0)
+    X = (X - shift) / unit
+    cls = COMPONENTS[shape]
+    covariance = {"diag": 1e-12 * np.ones(D), "spherical": np.float64(1e-12)}
+    components = cls(
+        torch.zeros(1, D, dtype=torch.float64),
+        _t([1e-12]),  # else the pull to the prior mean alone would widen the clusters
+        _t([float(D)]),
+        cls.factor(cls.prior_inverse_scale(_t(covariance.get(shape, 1e-12 * np.eye(D))), D)),
+    )
+    prior = Posterior(WEIGHTS["dirichlet_process"].prior(K, 0.5, torch.device("cpu")), components)
+    rows = Rows(X, Affine(np.zeros(D), np.ones(D)), torch.device("cpu"))
+    reference = _t(np.stack([X[labels == k].mean(0) for k in range(K)]))
+    diff = _t(X) - reference[labels]
+    one_hot = torch.nn.functional.one_hot(torch.as_tensor(labels), K).T.double()
+    return prior, rows, cls.unpack(reference, cls.sums(diff, cls.monomials(diff), one_hot))
+
+
 @every_shape
-def test_moments_far_from_the_origin_keep_their_digits(shape):
-    """A cluster of width 1e-3 at distance 1e6: raw second moments would keep no digit."""
-    problem = _problem(shape, "dirichlet_process", K=1, N=50)
-    problem.resp[:] = 1.0
-    problem.X *= 1e-3
-    near = _update(problem).components
-    problem.X += 1e6
-    far_prior = problem.prior.components
-    moved = type(far_prior)(far_prior.mean + 1e6, far_prior.kappa, far_prior.dof, far_prior.root)
-    problem.prior = Posterior(problem.prior.weights, moved)
-    far = _update(problem).components
-    torch.testing.assert_close(far.inverse_scale(), near.inverse_scale(), rtol=1e-6, atol=0)
+def test_ill_conditioned_components_keep_their_digits(shape, monkeypatch):
+    """The matrix products, where they are used, agree with centred rows to 1e-8."""
+    prior, rows, moments = _ill_conditioned(shape)
+    step = bound.coordinate_ascent(prior, rows)
+    state, values = State(prior, moments), []
+    for _ in range(5):
+        state, value = step(state)
+        values.append(value)
+    assert np.diff(values).min() > -1e-9 * abs(values[-1])
+    n_ill = state.posterior.components.ill.numel()
+    assert n_ill == (4 if shape == "tied" else 3)
+
+    def passes(threshold):
+        monkeypatch.setattr("skvi.models.mixture.components._ILL", threshold)
+        fresh = state.posterior.map(torch.clone)  # drops what was cached under another threshold
+        moments, local = bound.expectation(fresh, rows)
+        return local, moments
+
+    mixed, mixed_moments = passes(1e7)
+    centred, centred_moments = passes(0.0)
+    assert mixed == pytest.approx(centred, rel=1e-8)
+    roots = [prior.components.update(m).root for m in (mixed_moments, centred_moments)]
+    torch.testing.assert_close(*roots, rtol=1e-8, atol=1e-12)
+    products, _ = passes(np.inf)  # without the second way the digits are lost: this can fail
+    assert products != pytest.approx(centred, rel=1e-8)
+
+
+@every_shape
+def test_products_and_centred_rows_agree_where_conditions_are_ordinary(shape):
+    problem = _problem(shape, "dirichlet_process", D=3)
+    q = _update(problem).components
+    x = _t(problem.X)
+    assert q.ill.numel() == 0
+    torch.testing.assert_close(
+        q.squared_distance(x, q.monomials(x)),
+        q.centred_distance(x - q.mean[:, None, :]),
+        rtol=1e-10,
+        atol=1e-10,
+    )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skvi.models.mixture.components import Components, Moments
+from skvi.models.mixture.components import Components, Diag, Moments, add_to
 from skvi.models.mixture.weights import Weights
 from skvi.models.terms import ElboTerms
 from skvi.runtime.blocks import Rows
@@ -54,38 +54,52 @@ class State(NamedTuple):
 
 
 def floats_per_row(components: Components) -> int:
-    """Workspace of the functions below, in float64 numbers a row."""
+    """Workspace of the functions of the bound, in float64 numbers a row."""
     K, D = components.mean.shape
-    return K * (3 * D + 4)
+    return components.n_monomials(D) + D + 4 * K + 3 * D * components.ill.numel()
 
 
-def _log_rho(posterior: Posterior, diff: Tensor) -> Tensor:
-    """``log rho_nk`` of centred rows (K, B, D), shape (K, B)."""
-    return posterior.weights.E_log()[:, None] + posterior.components.E_log_prob(diff)
+def predictive_floats_per_row(components: Components) -> int:
+    """Workspace of :func:`log_predictive`, in float64 numbers a row."""
+    K, D = components.mean.shape
+    # Diag multiplies univariate densities, so it cannot do without each difference.
+    return floats_per_row(components) + (4 * K * D if isinstance(components, Diag) else 0)
+
+
+def _log_rho(posterior: Posterior, x: Tensor, monomials: Tensor) -> Tensor:
+    """``log rho_nk`` of rows (B, D) and their monomials (F, B), shape (K, B)."""
+    components = posterior.components
+    log_prob = components.E_log_prob(components.squared_distance(x, monomials))
+    return log_prob.add_(posterior.weights.E_log()[:, None])
+
+
+def log_rho(posterior: Posterior, x: Tensor) -> Tensor:
+    """``log rho_nk`` of rows (B, D), shape (K, B)."""
+    return _log_rho(posterior, x, posterior.components.monomials(x))
 
 
 def local_bound(posterior: Posterior, x: Tensor) -> Tensor:
     """``log sum_k rho_nk`` of rows (B, D), shape (B,): the local bound in nats."""
-    return _log_rho(posterior, posterior.components.centred(x)).logsumexp(0)
+    return log_rho(posterior, x).logsumexp(0)
 
 
 def responsibilities(posterior: Posterior, x: Tensor) -> Tensor:
     """``r_nk`` of rows (B, D), shape (K, B)."""
-    return _log_rho(posterior, posterior.components.centred(x)).softmax(0)
+    return log_rho(posterior, x).softmax(0)
 
 
 def elbo_terms(posterior: Posterior, x: Tensor) -> ElboTerms[Tensor]:
     """Return the terms of the local bound of rows (B, D), each of shape (B,)."""
     E_log_pi = posterior.weights.E_log()[:, None]  # (K, 1)
-    log_rho = _log_rho(posterior, posterior.components.centred(x))  # (K, B)
-    log_resp = log_rho.log_softmax(0)
+    log_joint = log_rho(posterior, x)  # (K, B)
+    log_resp = log_joint.log_softmax(0)
     resp = log_resp.exp()
     # 0 log 0 = 0: a responsibility that underflowed must not turn -inf into NaN.
     log_resp = log_resp.clamp_min(torch.finfo(log_resp.dtype).min)
     return ElboTerms(
-        reconstruction=(resp * (log_rho - E_log_pi)).sum(0),
+        reconstruction=(resp * (log_joint - E_log_pi)).sum(0),
         kl=(resp * (log_resp - E_log_pi)).sum(0),
-        energy=(resp * log_rho).sum(0),
+        energy=(resp * log_joint).sum(0),
         entropy=-(resp * log_resp).sum(0),
     )
 
@@ -98,8 +112,8 @@ def log_predictive(posterior: Posterior, prior: Posterior, x: Tensor) -> Tensor:
     """
     log_weight, log_rest = posterior.weights.log_mean()
     components, new = posterior.components, prior.components
-    inside = log_weight[:, None] + components.log_student(components.centred(x))  # (K, B)
-    beyond = log_rest + new.log_student(new.centred(x))  # (1, B)
+    inside = log_weight[:, None] + components.log_student(x)  # (K, B)
+    beyond = log_rest + new.log_student(x)  # (1, B)
     return torch.cat([inside, beyond]).logsumexp(0)
 
 
@@ -114,21 +128,35 @@ def expectation(posterior: Posterior, rows: Rows) -> tuple[Moments, float]:
         ``sum_n s_n log sum_k rho_nk`` in nats.
     """
     components = posterior.components
-    moments: Moments | None = None
+    ill = components.take(components.ill) if components.ill.numel() else None
     bound = torch.zeros((), dtype=torch.float64, device=rows.device)
+    sums: tuple[Tensor, ...] | None = None
+    ill_sums: tuple[Tensor, ...] | None = None
     for _, x, weight in rows.blocks(floats_per_row(components)):
-        diff = components.centred(x)  # (K, B, D)
-        log_rho = _log_rho(posterior, diff)  # (K, B)
+        monomials = components.monomials(x)  # (F, B)
+        resp = _log_rho(posterior, x, monomials)  # (K, B), log rho until normalised
         # One exponential serves both. Responsibilities are normalised explicitly: a row 1e10
         # spreads away has log rho of 1e19, where log sum exp cannot hold the log 2 of a tie.
-        largest = log_rho.amax(0)  # (B,)
-        resp = log_rho.sub_(largest).exp_()
+        largest = resp.amax(0)  # (B,)
+        resp.sub_(largest).exp_()
         total = resp.sum(0)
         bound += weight @ (largest + total.log())
         resp.mul_(weight / total)
-        block = components.moments(components.mean, diff, resp)
-        moments = block if moments is None else moments + block
-    assert moments is not None  # rows are never empty
+        sums = add_to(sums, components.sums(x, monomials, resp))
+        if ill is not None:
+            diff = x - ill.mean[:, None, :]  # (K_ill, B, D)
+            some = resp[components.ill]
+            first = torch.matmul(some[:, None, :], diff)[:, 0, :]
+            ill_sums = add_to(ill_sums, (first, ill.scatter(diff, some)))
+    reference = torch.zeros_like(components.mean)
+    assert sums is not None  # rows are never empty
+    moments = components.unpack(reference, sums)
+    if ill is not None and ill_sums is not None:
+        # About their own means; a shared scatter is replaced as a whole.
+        reference[components.ill] = ill.mean
+        first, second = ill_sums
+        moments.first[components.ill] = first
+        moments.second[components.ill if len(moments.second) > 1 else slice(None)] = second
     return moments, float(bound)
 
 

@@ -2,25 +2,30 @@ r"""Conjugate laws of the component parameters, one class per shape of the preci
 
 Every class holds ``q(mu_k, Lambda_k) = N(mu_k | m_k, (kappa_k Lambda_k)^-1) q(Lambda_k)``:
 
-==========  ==========================================================  ======================
-class       ``q(Lambda_k)``                                             ``root``
-==========  ==========================================================  ======================
-Full        ``W(W_k, dof_k)``                                           chol of ``W_k^-1`` (K, D, D)
-Tied        ``W(W, dof)``, shared                                       chol of ``W^-1`` (1, D, D)
-Diag        ``lambda_kd ~ Gam(dof_k / 2, s_kd / 2)``                    ``sqrt(s)`` (K, D)
-Spherical   ``lambda_k ~ Gam(D dof_k / 2, t_k / 2)``                    ``sqrt(t)`` (K,)
-==========  ==========================================================  ======================
+==========  ==========================================  ==================================
+class       ``q(Lambda_k)``                             ``root``
+==========  ==========================================  ==================================
+Full        ``W(W_k, dof_k)``                           chol of ``W_k^-1`` (K, D, D)
+Tied        ``W(W, dof)``, shared                       chol of ``W^-1`` (1, D, D)
+Diag        ``lambda_kd ~ Gam(dof_k / 2, s_kd / 2)``    ``sqrt(s)`` (K, D)
+Spherical   ``lambda_k ~ Gam(D dof_k / 2, t_k / 2)``    ``sqrt(t)`` (K,)
+==========  ==========================================  ==================================
 
 so ``root`` is always a factor of the inverse scale. A prior is a record of the same class with
 K = 1, which broadcasts. Sources: Bishop (2006), section 10.2, equations 10.59-10.67 for Full; the
 others are the conjugate posteriors of their own gamma or shared Wishart priors.
+
+All that a pass needs of the rows goes through one number per row and component, the squared
+distance ``|root^-1 (x - m)|^2``, and through weighted sums of the monomials of x. Both are matrix
+products with the monomials; a component for which these products cancel is listed in ``ill`` and
+takes the slower way through centred rows.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -31,6 +36,10 @@ from torch import Tensor
 from skvi.distributions import gamma, student_t, wishart
 from skvi.distributions.normal import LOG_2PI
 from skvi.runtime.linalg import inv_chol, log_det_from_chol
+
+# Expanding (x - m)' W (x - m) into monomials loses as many digits as this number has; at 1e7 the
+# bound and the covariances keep nine.
+_ILL = 1e7
 
 
 class Moments(NamedTuple):
@@ -45,7 +54,7 @@ class Moments(NamedTuple):
         ``sum_n r_nk (x_n - reference_k)``.
     second : Tensor
         ``sum_n r_nk (x_n - reference_k)(x_n - reference_k)'`` in the shape of the class: Full
-        (K, D, D), Tied (K, D, D) summed over k as (1, D, D), Diag (K, D), Spherical (K,).
+        (K, D, D), Tied (1, D, D) summed over k, Diag (K, D), Spherical (K,).
     """
 
     reference: Tensor
@@ -59,15 +68,6 @@ class Moments(NamedTuple):
         shared = second.shape[0] == 1  # Tied: one scatter for all, which has no order
         return Moments(
             reference[order], counts[order], first[order], second if shared else second[order]
-        )
-
-    def __add__(self, other: Moments) -> Moments:  # type: ignore[override]
-        """Add the statistics of other rows about the same reference."""
-        return Moments(
-            self.reference,
-            self.counts + other.counts,
-            self.first + other.first,
-            self.second + other.second,
         )
 
 
@@ -98,15 +98,9 @@ class Components(ABC):
 
     def map(self, function: Callable[[Any], Any]) -> Self:
         """Apply `function` to every array."""
-        return replace(
-            self,
-            mean=function(self.mean),
-            kappa=function(self.kappa),
-            dof=function(self.dof),
-            root=function(self.root),
-        )
+        return type(self)(*(function(getattr(self, field.name)) for field in fields(self)))
 
-    # -- what a shape of the precision defines ------------------------------------------------
+    # -- what a shape of the precision defines ---------------------------------------------------
 
     @staticmethod
     @abstractmethod
@@ -127,26 +121,61 @@ class Components(ABC):
     def E_log_det(self) -> Tensor:
         """``E[log|Lambda_k|]``, shape (K,) or (1,)."""
 
+    @property
+    def precision_dof(self) -> Tensor:
+        """Factor from a squared distance to ``E[(x - m)' Lambda (x - m)]``, (K,) or (1,)."""
+        return self.dof
+
     @abstractmethod
-    def E_mahalanobis(self, diff: Tensor) -> Tensor:
-        """``E[d' Lambda_k d]`` of `diff` (K, B, D); shape (K, B)."""
+    def centred_distance(self, diff: Tensor) -> Tensor:
+        """``|root_k^-1 d|^2`` of `diff` (K, B, D); shape (K, B)."""
 
     @staticmethod
     @abstractmethod
     def scatter(diff: Tensor, resp: Tensor) -> Tensor:
         """Weighted second moments of `diff` (K, B, D) under `resp` (K, B), in this shape."""
 
+    @staticmethod
+    @abstractmethod
+    def n_monomials(n_features: int) -> int:
+        """Return F."""
+
+    @staticmethod
+    @abstractmethod
+    def monomials(x: Tensor) -> Tensor:
+        """Monomials of rows (B, D), shape (F, B): 1, x, and what the shape has of ``x x'``."""
+
+    @cached_property
+    @abstractmethod
+    def coefficients(self) -> Tensor:
+        """Squared distances as a linear form in the monomials, shape (K, F)."""
+
+    @cached_property
+    @abstractmethod
+    def amplification(self) -> Tensor:
+        """Ratio of the largest terms of that linear form to its value, shape (K,)."""
+
+    @classmethod
+    def sums(cls, x: Tensor, monomials: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
+        """Weighted sums over rows from which :meth:`unpack` makes statistics; additive."""
+        return (resp @ monomials.T,)  # (K, F)
+
+    @classmethod
+    @abstractmethod
+    def unpack(cls, reference: Tensor, sums: tuple[Tensor, ...]) -> Moments:
+        """Return the statistics about `reference` of rows that were given relative to it."""
+
     @abstractmethod
     def kl_precision(self, prior: Self) -> Tensor:
         """``sum_k KL(q(Lambda_k) || p(Lambda_k))``; a shared precision counts once."""
 
-    @abstractmethod
     def dof_update(self, counts: Tensor) -> Tensor:
         """Degrees of freedom after seeing `counts`."""
+        return self.dof + counts
 
     @abstractmethod
-    def log_student(self, diff: Tensor) -> Tensor:
-        """Log posterior predictive density at ``mean + diff``; (K, B, D) -> (K, B)."""
+    def log_student(self, x: Tensor) -> Tensor:
+        """Log posterior predictive density of rows (B, D) per component, shape (K, B)."""
 
     @abstractmethod
     def draw_noise(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -155,38 +184,37 @@ class Components(ABC):
         Times ``sqrt(1 + 1/kappa)`` this is the deviation of a predictive draw from its mean.
         """
 
-    # -- what follows ---------------------------------------------------------------------------
+    # -- what follows ------------------------------------------------------------------------------
 
-    def centred(self, x: Tensor) -> Tensor:
-        """Return ``x_n - m_k`` for rows (B, D), shape (K, B, D)."""
-        return x[None, :, :] - self.mean[:, None, :]
+    @cached_property
+    def ill(self) -> Tensor:
+        """Indices of the components that the monomials cannot serve, shape (K_ill,)."""
+        return (~(self.amplification < _ILL)).nonzero()[:, 0]
 
-    def E_log_prob(self, diff: Tensor) -> Tensor:
-        r"""Return the expected log density of rows given their component, from centred rows.
+    def take(self, index: Tensor) -> Self:
+        """Return the components of an index; what they share stays shared."""
+        return self.map(lambda array: array[index] if array.shape[0] > 1 else array)
+
+    def squared_distance(self, x: Tensor, monomials: Tensor) -> Tensor:
+        """``|root_k^-1 (x_n - m_k)|^2`` of rows (B, D) and their monomials, shape (K, B)."""
+        distance = self.coefficients @ monomials
+        if self.ill.numel():
+            some = self.take(self.ill)
+            distance[self.ill] = some.centred_distance(x - some.mean[:, None, :])
+        return distance
+
+    def E_log_prob(self, distance: Tensor) -> Tensor:
+        r"""Return the expected log density of rows given their component, (K, B) -> (K, B).
 
         .. math::
             \tfrac12 E[\log|\Lambda_k|] - \tfrac D2 \log 2\pi
             - \tfrac12 (D / \kappa_k + E[(x - m_k)' \Lambda_k (x - m_k)])
 
         Bishop (2006), equations 10.64-10.65.
-
-        Parameters
-        ----------
-        diff : Tensor of shape (K, B, D)
-
-        Returns
-        -------
-        Tensor of shape (K, B)
         """
         D = self.n_features
         constant = 0.5 * (self.E_log_det - D * LOG_2PI - D / self.kappa)  # (K,)
-        return constant[:, None] - 0.5 * self.E_mahalanobis(diff)
-
-    @classmethod
-    def moments(cls, reference: Tensor, diff: Tensor, resp: Tensor) -> Moments:
-        """Statistics of rows given as ``diff = x - reference`` (K, B, D) under `resp` (K, B)."""
-        first = torch.matmul(resp[:, None, :], diff)[:, 0, :]  # (K, D)
-        return Moments(reference, resp.sum(-1), first, cls.scatter(diff, resp))
+        return torch.addcmul(constant[:, None], distance, self.precision_dof[:, None], value=-0.5)
 
     def update(self, moments: Moments) -> Self:
         r"""Return the posterior of this prior.
@@ -195,8 +223,6 @@ class Components(ABC):
             \kappa_k = \kappa_0 + N_k,\quad m_k = (\kappa_0 m_0 + N_k \bar x_k) / \kappa_k,\quad
             W_k^{-1} = W_0^{-1} + N_k S_k
                 + \tfrac{\kappa_0 N_k}{\kappa_k} (\bar x_k - m_0)(\bar x_k - m_0)'
-
-        with the second moments taken about a point near ``xbar_k``, never about the origin.
         """
         reference, counts, first, second = moments
         kappa = self.kappa + counts  # (K,)
@@ -216,14 +242,14 @@ class Components(ABC):
         ``1/2 [D log(kappa/kappa0) + D kappa0/kappa - D + kappa0 E (m - m0)'Lambda(m - m0)]``.
         """
         ratio = prior.kappa / self.kappa
-        pull = self.E_mahalanobis((self.mean - prior.mean)[:, None, :])[:, 0]  # (K,)
-        normal = 0.5 * (self.n_features * (ratio - 1.0 - ratio.log()) + prior.kappa * pull)
+        distance = self.centred_distance((self.mean - prior.mean)[:, None, :])[:, 0]  # (K,)
+        pull = prior.kappa * self.precision_dof * distance
+        normal = 0.5 * (self.n_features * (ratio - 1.0 - ratio.log()) + pull)
         return normal.sum() + self.kl_precision(prior)
 
     def covariances(self) -> Tensor:
-        """``E[Lambda_k]^-1`` in the shape of the class (Tied without its leading one)."""
-        dof = self.dof.reshape(-1, *[1] * (self.root.ndim - 1))
-        return self.inverse_scale() / dof
+        """``E[Lambda_k]^-1`` in the shape of `root`."""
+        return self.inverse_scale() / self.precision_dof.reshape(-1, *[1] * (self.root.ndim - 1))
 
 
 class _Wishart(Components):
@@ -245,26 +271,29 @@ class _Wishart(Components):
         return wishart.expected_log_det(self.dof, self.root)
 
     @cached_property
-    def _whitener(self) -> Tensor:
-        """``L^-T``: rows times this have unit inverse scale."""
+    def whitener(self) -> Tensor:
+        """``L^-T``: rows times this have unit inverse scale; (K, D, D) or (1, D, D)."""
         return inv_chol(self.root).mT
 
-    def _whitened_square(self, diff: Tensor) -> Tensor:
-        return torch.matmul(diff, self._whitener).square().sum(-1)  # (K, B)
+    @cached_property
+    def amplification(self) -> Tensor:
+        # dof |L^-1|_F^2 bounds the largest precision; rows have unit spread around the origin.
+        precision = self.dof * self.whitener.square().sum((-2, -1))
+        return precision * (self.mean.square().sum(-1) + self.n_features)
 
-    def E_mahalanobis(self, diff: Tensor) -> Tensor:
-        return self.dof[:, None] * self._whitened_square(diff)
+    def centred_distance(self, diff: Tensor) -> Tensor:
+        return torch.matmul(diff, self.whitener).square().sum(-1)  # (K, B)
 
     def kl_precision(self, prior: Self) -> Tensor:
         return wishart.kl(self.dof, self.root, prior.dof, prior.root).sum()
 
-    def log_student(self, diff: Tensor) -> Tensor:
+    def log_student(self, x: Tensor) -> Tensor:
         D = self.n_features
         dof = self.dof + 1.0 - D  # (K,) or (1,)
         # scale matrix (1 + 1/kappa) / dof * W^-1
         factor = (1.0 + 1.0 / self.kappa) / dof  # (K,)
         log_det = D * factor.log() + log_det_from_chol(self.root)
-        square = self._whitened_square(diff) / factor[:, None]
+        square = self.squared_distance(x, self.monomials(x)) / factor[:, None]
         return student_t.log_density(square, log_det[:, None], dof[:, None], D)
 
     def draw_noise(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -287,8 +316,41 @@ class Full(_Wishart):
     def scatter(diff: Tensor, resp: Tensor) -> Tensor:
         return torch.matmul((resp[:, :, None] * diff).mT, diff)  # (K, D, D)
 
-    def dof_update(self, counts: Tensor) -> Tensor:
-        return self.dof + counts
+    @staticmethod
+    def n_monomials(n_features: int) -> int:
+        return 1 + n_features + n_features * (n_features + 1) // 2
+
+    @staticmethod
+    def monomials(x: Tensor) -> Tensor:
+        B, D = x.shape
+        result = x.new_empty(Full.n_monomials(D), B)
+        result[0] = 1.0
+        columns = result[1 : 1 + D].copy_(x.T)  # (D, B)
+        start = 1 + D
+        for i in range(D):  # row i of the upper triangle of x x'
+            stop = start + D - i
+            torch.mul(columns[i], columns[i:], out=result[start:stop])
+            start = stop
+        return result
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        W = self.whitener @ self.whitener.mT  # (K, D, D)
+        linear = torch.matmul(W, self.mean[:, :, None])  # (K, D, 1)
+        constant = torch.matmul(self.mean[:, None, :], linear)[:, 0]  # (K, 1)
+        i, j = _upper_triangle(self.n_features, W.device)
+        quadratic = W[:, i, j] * torch.where(i == j, 1.0, 2.0)
+        return torch.cat([constant, -2.0 * linear[:, :, 0], quadratic], dim=1)
+
+    @classmethod
+    def unpack(cls, reference: Tensor, sums: tuple[Tensor, ...]) -> Moments:
+        (table,) = sums
+        K, D = reference.shape
+        i, j = _upper_triangle(D, table.device)
+        second = table.new_empty(K, D, D)
+        second[:, i, j] = table[:, 1 + D :]
+        second[:, j, i] = table[:, 1 + D :]
+        return Moments(reference, table[:, 0], table[:, 1 : 1 + D], second)
 
 
 class Tied(_Wishart):
@@ -296,11 +358,46 @@ class Tied(_Wishart):
 
     covariance_shape = "tied"
 
+    @cached_property
+    def ill(self) -> Tensor:
+        # The scatter is one sum over all components: the worst decides for all.
+        K = self.mean.shape[0]
+        return torch.arange(K if bool((~(self.amplification < _ILL)).any()) else 0)
+
     @staticmethod
     def scatter(diff: Tensor, resp: Tensor) -> Tensor:
         D = diff.shape[-1]
         weighted = (resp[:, :, None] * diff).reshape(-1, D)
         return (weighted.mT @ diff.reshape(-1, D))[None]  # (1, D, D)
+
+    @staticmethod
+    def n_monomials(n_features: int) -> int:
+        return 1 + n_features
+
+    @staticmethod
+    def monomials(x: Tensor) -> Tensor:
+        return torch.cat([torch.ones_like(x[:, :1]), x], dim=1).T
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        white = self.mean @ self.whitener[0]  # (K, D)
+        constant = white.square().sum(-1, keepdim=True)
+        return torch.cat([constant, -2.0 * white @ self.whitener[0].T], dim=1)
+
+    def squared_distance(self, x: Tensor, monomials: Tensor) -> Tensor:
+        distance = super().squared_distance(x, monomials)
+        if not self.ill.numel():
+            distance += (x @ self.whitener[0]).square().sum(-1)  # x' W x, the same for every k
+        return distance
+
+    @classmethod
+    def sums(cls, x: Tensor, monomials: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
+        return resp @ monomials.T, x.T @ (resp.sum(0)[:, None] * x)  # (K, 1 + D), (D, D)
+
+    @classmethod
+    def unpack(cls, reference: Tensor, sums: tuple[Tensor, ...]) -> Moments:
+        table, second = sums
+        return Moments(reference, table[:, 0], table[:, 1:], second[None])
 
     def dof_update(self, counts: Tensor) -> Tensor:
         return self.dof + counts.sum(0, keepdim=True)
@@ -316,8 +413,12 @@ class _Gamma(Components):
     def inverse_scale(self) -> Tensor:
         return self.root.square()
 
-    def dof_update(self, counts: Tensor) -> Tensor:
-        return self.dof + counts
+    @abstractmethod
+    def gamma(self) -> tuple[Tensor, Tensor]:
+        """Shape and rate of the precisions, each in the shape of `root`."""
+
+    def kl_precision(self, prior: Self) -> Tensor:
+        return gamma.kl(*self.gamma(), *prior.gamma()).sum()
 
 
 class Diag(_Gamma):
@@ -333,24 +434,46 @@ class Diag(_Gamma):
     def scatter(diff: Tensor, resp: Tensor) -> Tensor:
         return torch.matmul(resp[:, None, :], diff.square())[:, 0, :]  # (K, D)
 
-    def _gamma(self) -> tuple[Tensor, Tensor]:
+    def gamma(self) -> tuple[Tensor, Tensor]:
         return 0.5 * self.dof[:, None].expand_as(self.root), 0.5 * self.root.square()
 
     @cached_property
     def E_log_det(self) -> Tensor:
-        return gamma.expected_log(*self._gamma()).sum(-1)
+        return gamma.expected_log(*self.gamma()).sum(-1)
 
-    def E_mahalanobis(self, diff: Tensor) -> Tensor:
-        return self.dof[:, None] * (diff / self.root[:, None, :]).square().sum(-1)
+    def centred_distance(self, diff: Tensor) -> Tensor:
+        return (diff / self.root[:, None, :]).square().sum(-1)
 
-    def kl_precision(self, prior: Self) -> Tensor:
-        return gamma.kl(*self._gamma(), *prior._gamma()).sum()
+    @staticmethod
+    def n_monomials(n_features: int) -> int:
+        return 1 + 2 * n_features
 
-    def log_student(self, diff: Tensor) -> Tensor:
-        # a product of univariate t with scale^2 (1 + 1/kappa) s / dof
+    @staticmethod
+    def monomials(x: Tensor) -> Tensor:
+        return torch.cat([torch.ones_like(x[:, :1]), x, x.square()], dim=1).T
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        scaled = self.mean / self.root  # (K, D)
+        constant = scaled.square().sum(-1, keepdim=True)
+        return torch.cat([constant, -2.0 * scaled / self.root, self.root.square().reciprocal()], 1)
+
+    @cached_property
+    def amplification(self) -> Tensor:
+        return self.dof * ((self.mean.square() + 1.0) / self.root.square()).sum(-1)
+
+    @classmethod
+    def unpack(cls, reference: Tensor, sums: tuple[Tensor, ...]) -> Moments:
+        (table,) = sums
+        D = reference.shape[-1]
+        return Moments(reference, table[:, 0], table[:, 1 : 1 + D], table[:, 1 + D :])
+
+    def log_student(self, x: Tensor) -> Tensor:
+        # A product of univariate t with scale^2 (1 + 1/kappa) s / dof.
         factor = (1.0 + 1.0 / self.kappa) / self.dof  # (K,)
         log_det = factor.log()[:, None] + 2.0 * self.root.log()  # (K, D)
-        square = (diff / self.root[:, None, :]).square() / factor[:, None, None]  # (K, B, D)
+        white = (x - self.mean[:, None, :]) / self.root[:, None, :]  # (K, B, D)
+        square = white.square() / factor[:, None, None]
         dof = self.dof[:, None, None]
         return student_t.log_density(square, log_det[:, None, :], dof, 1).sum(-1)
 
@@ -373,35 +496,72 @@ class Spherical(_Gamma):
     def scatter(diff: Tensor, resp: Tensor) -> Tensor:
         return (resp * diff.square().sum(-1)).sum(-1)  # (K,)
 
-    def _gamma(self) -> tuple[Tensor, Tensor]:
-        return 0.5 * self.n_features * self.dof, 0.5 * self.root.square()
+    def gamma(self) -> tuple[Tensor, Tensor]:
+        return 0.5 * self.precision_dof, 0.5 * self.root.square()
+
+    @property
+    def precision_dof(self) -> Tensor:
+        return self.n_features * self.dof
 
     @cached_property
     def E_log_det(self) -> Tensor:
-        return self.n_features * gamma.expected_log(*self._gamma())
+        return self.n_features * gamma.expected_log(*self.gamma())
 
-    def E_mahalanobis(self, diff: Tensor) -> Tensor:
-        square = (diff / self.root[:, None, None]).square().sum(-1)  # (K, B)
-        return self.n_features * self.dof[:, None] * square
+    def centred_distance(self, diff: Tensor) -> Tensor:
+        return (diff / self.root[:, None, None]).square().sum(-1)
 
-    def kl_precision(self, prior: Self) -> Tensor:
-        return gamma.kl(*self._gamma(), *prior._gamma()).sum()
+    @staticmethod
+    def n_monomials(n_features: int) -> int:
+        return 2 + n_features
 
-    def log_student(self, diff: Tensor) -> Tensor:
-        D = self.n_features
-        dof = D * self.dof  # (K,)
+    @staticmethod
+    def monomials(x: Tensor) -> Tensor:
+        square = x.square().sum(-1, keepdim=True)
+        return torch.cat([torch.ones_like(square), x, square], dim=1).T
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        scaled = self.mean / self.root[:, None]  # (K, D)
+        constant = scaled.square().sum(-1, keepdim=True)
+        unit = self.root.square().reciprocal()[:, None]
+        return torch.cat([constant, -2.0 * scaled / self.root[:, None], unit], 1)
+
+    @cached_property
+    def amplification(self) -> Tensor:
+        spread = self.mean.square().sum(-1) + self.n_features
+        return self.precision_dof * spread / self.root.square()
+
+    @classmethod
+    def unpack(cls, reference: Tensor, sums: tuple[Tensor, ...]) -> Moments:
+        (table,) = sums
+        return Moments(reference, table[:, 0], table[:, 1:-1], table[:, -1])
+
+    def log_student(self, x: Tensor) -> Tensor:
+        D, dof = self.n_features, self.precision_dof  # (K,)
         factor = (1.0 + 1.0 / self.kappa) / dof
         log_det = D * (factor.log() + 2.0 * self.root.log())  # (K,)
-        square = (diff / self.root[:, None, None]).square().sum(-1) / factor[:, None]
+        square = self.squared_distance(x, self.monomials(x)) / factor[:, None]
         return student_t.log_density(square, log_det[:, None], dof[:, None], D)
 
     def draw_noise(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        dof, root = self.n_features * np.asarray(self.dof), np.asarray(self.root)
+        dof, root = np.asarray(self.precision_dof), np.asarray(self.root)
         normal = rng.standard_normal((labels.size, self.n_features))
         return (root[labels] / np.sqrt(rng.chisquare(dof[labels])))[:, None] * normal
 
-    def covariances(self) -> Tensor:
-        return super().covariances() / self.n_features
+
+def add_to(total: tuple[Tensor, ...] | None, block: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Add the sums of a block to `total` in place, or begin with them."""
+    if total is None:
+        return block
+    for into, value in zip(total, block, strict=True):
+        into.add_(value)
+    return total
+
+
+def _upper_triangle(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of each element of an upper triangle, row by row."""
+    i, j = torch.triu_indices(dim, dim, device=device)
+    return i, j
 
 
 COMPONENTS: dict[str, type[Components]] = {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skvi.models.mixture.components import Components, Moments
+from skvi.models.mixture.components import Components, Moments, add_to
 from skvi.runtime.blocks import Rows
 
 # Seeding looks at no more rows than this, drawn in proportion to their weight.
@@ -40,11 +40,9 @@ def start(
     n_components : int
     rng : numpy.random.Generator
     """
+    reference = torch.zeros(n_components, rows.n_features, dtype=torch.float64, device=rows.device)
     if kind == "random":
         resp = _random_responsibilities(n_components, rows, rng)
-        reference = torch.zeros(
-            n_components, rows.n_features, dtype=torch.float64, device=rows.device
-        )
     else:
         choose = _random_rows if kind == "random_from_data" else _kmeans_plusplus
         centres = torch.from_numpy(choose(n_components, *_seed_rows(rows, rng), rng))
@@ -52,19 +50,20 @@ def start(
         if kind == "kmeans":
             centres = _lloyd(centres, rows)
         # Fewer distinct rows than components: the components left over start empty.
-        reference = torch.zeros(n_components, rows.n_features).to(centres)
         reference[: len(centres)] = centres
 
-        def resp(x: Tensor) -> Tensor:
-            return _one_hot(_nearest(centres, x), n_components)
-
-    moments: Moments | None = None
-    for _, x, weight in rows.blocks(3 * n_components * rows.n_features):
-        diff = x[None, :, :] - reference[:, None, :]  # (K, B, D)
-        block = shape.moments(reference, diff, resp(x) * weight)
-        moments = block if moments is None else moments + block
-    assert moments is not None  # rows are never empty
-    return moments
+    sums: tuple[Tensor, ...] | None = None
+    for _, x, weight in rows.blocks(shape.n_monomials(rows.n_features) + 4 * n_components):
+        if kind == "random":
+            r = resp(x)  # (K, B)
+        else:
+            # Each row has one component, so it can be centred before its monomials are taken.
+            labels = _nearest(centres, x)  # (B,)
+            r = _one_hot(labels, n_components)
+            x = x - centres[labels]
+        sums = add_to(sums, shape.sums(x, shape.monomials(x), r * weight))
+    assert sums is not None  # rows are never empty
+    return shape.unpack(reference, sums)
 
 
 def _seed_rows(rows: Rows, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +141,8 @@ def _random_rows(
 
 def _nearest(centres: Tensor, x: Tensor) -> Tensor:
     """Index of the nearest centre of rows (B, D), shape (B,)."""
-    return (x[None, :, :] - centres[:, None, :]).square().sum(-1).argmin(0)
+    # |x|^2 is the same for every centre; fitted units keep the rest free of cancellation.
+    return (0.5 * centres.square().sum(-1)[:, None] - centres @ x.T).argmin(0)
 
 
 def _one_hot(labels: Tensor, n_components: int) -> Tensor:
@@ -155,7 +155,7 @@ def _lloyd(centres: Tensor, rows: Rows) -> Tensor:
     for _ in range(_MAX_LLOYD_PASSES):
         counts = torch.zeros_like(centres[:, 0])  # (K,)
         shift = torch.zeros_like(centres)  # (K, D)
-        for _, x, weight in rows.blocks(2 * centres.numel()):
+        for _, x, weight in rows.blocks(4 * len(centres) + 2 * rows.n_features):
             labels = _nearest(centres, x)
             resp = _one_hot(labels, len(centres)) * weight  # (K, B)
             counts += resp.sum(-1)

@@ -1,0 +1,78 @@
+"""What the benchmarks share: timing, tables, the record of the machine."""
+
+import json
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import sklearn
+import torch
+from sklearn.exceptions import ConvergenceWarning
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(function: Callable[[], Any], repeat: int = 3) -> float:
+    """Best wall time of `repeat` calls: the one that was disturbed least."""
+    best = float("inf")
+    for _ in range(repeat):
+        since = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            function()
+        best = min(best, time.perf_counter() - since)
+    return best
+
+
+def seconds_per_pass(fit: Callable[[int], Any], n_passes: int, repeat: int = 2) -> float:
+    """Time of one pass: what `n_passes` more passes cost, so that start-up cancels."""
+    return (seconds(lambda: fit(1 + n_passes), repeat) - seconds(lambda: fit(1), repeat)) / n_passes
+
+
+def gemm_gflops(dtype: torch.dtype = torch.float64, size: int = 2048) -> float:
+    """Measured matrix-product rate of this machine, the limit that passes are held against."""
+    a = torch.rand(size, size, dtype=dtype)
+    a @ a
+    return 2.0 * size**3 / seconds(lambda: a @ a, 5) / 1e9
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "scikit-learn": sklearn.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+    }
+
+
+class Report:
+    """Tables printed as they are made, and written as JSON at the end."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.record: dict[str, Any] = {"machine": machine(), "tables": {}}
+        print("machine:", json.dumps(self.record["machine"]))
+
+    def table(self, title: str, header: list[str], rows: list[list[Any]]) -> None:
+        self.record["tables"][title] = {"header": header, "rows": rows}
+        cells = [[f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+        widths = [max(len(row[j]) for row in [header, *cells]) for j in range(len(header))]
+        print(f"\n{title}")
+        for row in [header, ["-" * w for w in widths], *cells]:
+            print("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)))
+
+    def save(self) -> None:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{self.name}.json"
+        path.write_text(json.dumps(self.record, indent=1, default=float))
+        print(f"\nwritten: benchmarks/results/{path.name}")

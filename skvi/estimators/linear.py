@@ -1,0 +1,767 @@
+"""Bayesian linear regression with the noise, the weights and their precisions learnt jointly."""
+
+import warnings
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+
+import numpy as np
+import torch
+from sklearn.base import RegressorMixin, TransformerMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import r2_score
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from skvi.estimators._base import Door, VariationalEstimator, to_host, to_numpy, weighted_mean
+from skvi.estimators._compat import Interval, StrOptions, check_feature_names_in, fit_context
+from skvi.inference.loop import Solution, climb
+from skvi.inference.monitor import Monitor, Status
+from skvi.models.linear import evidence, predictive
+from skvi.models.linear.climb import (
+    Prior,
+    State,
+    WeightPrior,
+    evaluate,
+    improve,
+    noise_shape,
+    start,
+)
+from skvi.models.linear.predictive import Posterior
+from skvi.models.linear.reduction import Statistics, reduce_rows, root_scale
+from skvi.models.linear.weights import covariance, variances
+from skvi.models.terms import ElboTerms
+from skvi.runtime.blocks import Affine, Rows, block_rows, power_of_two, row_slices
+from skvi.runtime.moments import weighted_moments
+from skvi.runtime.random import draw_seed, make_rng
+
+Record = TypeVar("Record")
+
+
+def _map_record(convert: Callable[[Any], Any], record: Record) -> Record:
+    """Apply `convert` to the arrays of a nested NamedTuple; numbers and None stay."""
+    if isinstance(record, tuple):
+        return type(record)(*(_map_record(convert, field) for field in record))
+    return convert(record) if isinstance(record, Tensor | np.ndarray) else record
+
+
+class _Model(NamedTuple):
+    """What a fit found, in fitted units ``(x - shift) / scale``; NumPy arrays only.
+
+    Attributes
+    ----------
+    kind : str
+        The `prior` parameter it was fitted with.
+    single : bool
+        Whether y was one-dimensional.
+    x, y : Affine
+    alpha : ndarray of shape (M, H)
+        E[alpha] in the units of the data.
+    posterior : Posterior
+    prior : Prior
+    statistics : Statistics or None
+        What the exact evidence is integrated from; kept for "ridge" only.
+    """
+
+    kind: str
+    single: bool
+    x: Affine
+    y: Affine
+    alpha: np.ndarray
+    posterior: Posterior
+    prior: Prior
+    statistics: Statistics | None
+
+
+class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
+    r"""Bayesian linear regression by variational inference.
+
+    The model, for each output and with prior precisions relative to the noise:
+
+    .. math::
+        y_i \sim N(x_i'w + b, \beta^{-1}), \quad w_j \sim N(0, (\beta \alpha_j)^{-1}), \quad
+        \beta \sim \mathrm{Gam}(a_0, b_0), \quad \alpha_j \sim \mathrm{Gam}(c_0, d_0), \quad
+        p(b) = 1
+
+    The posterior :math:`q(w, b, \beta)\, q(\alpha)` keeps w, b and beta together, so that
+    predictions are Student-t, and with known precisions the bound *is* the log evidence.
+    The defaults know no units: multiplying X or y by a constant multiplies the answer accordingly.
+
+    Parameters
+    ----------
+    prior : {"ridge", "ard", "fixed"}, default="ridge"
+        One learnt weight precision for all features; one for each feature (automatic relevance
+        determination: useless features are shrunk away); or one given number.
+    weight_precision : float, default=1.0
+        The alpha of ``prior="fixed"``, in the units of X squared; ignored otherwise.
+    noise_shape : float, default=1e-3
+        a0: half the number of rows that the prior of the noise precision is worth.
+    noise_rate : float, default=1e-9
+        b0 in units of the variance of y (its mean square without an intercept; the square of its
+        mean where y is constant).
+    weight_shape : float, default=0.5
+        c0 of the learnt weight precisions.
+    weight_rate : float, default=1e-3
+        d0 in units of one over the variance of the feature ("ard") or over the mean variance of
+        the features ("ridge"), with the same conventions as `noise_rate`. With the default
+        shape a weight's prior is a Cauchy law of half-width ``sqrt(2 weight_rate)``, in noise
+        standard deviations per standard deviation of the feature: heavy tails, a sharp peak.
+        Much smaller shapes make "ard" explain every row when features outnumber rows.
+    fit_intercept : bool, default=True
+        Add an intercept with a flat prior, integrated exactly.
+    max_iter : int, default=1000
+        Limit of the passes; a pass does not touch the rows.
+    tol : float, default=1e-10
+        The fit has converged when a pass raises the bound by less than `tol` nats per row (per
+        unit of total weight).
+    device : str or torch.device, default="auto"
+        "auto": the device of X if it is a tensor, else CUDA if there is one, else the CPU. An
+        explicit device that is missing is an error.
+    warm_start : bool, default=False
+        Continue from the weight precisions of the previous fit.
+    verbose : int, default=0
+        1 prints the bound every tenth pass, 2 every pass.
+
+    Attributes
+    ----------
+    coef_ : ndarray of shape (n_features,) or (n_outputs, n_features)
+        Posterior mean of w.
+    intercept_ : float or ndarray of shape (n_outputs,)
+        Posterior mean of b; 0 without an intercept.
+    coef_cov_ : ndarray of shape (n_features, n_features) or (n_outputs, n_features, n_features)
+        Posterior covariance of w, ``V b / (a - 1)``; built when asked for. With a <= 1 it does
+        not exist, which is a ValueError.
+    coef_std_ : ndarray, shape of `coef_`
+        Posterior standard deviations of w; infinite with a <= 1.
+    coef_snr_ : ndarray, shape of `coef_`
+        ``|coef_| / coef_std_``: importance for :class:`sklearn.feature_selection.SelectFromModel`.
+    noise_precision_ : float or ndarray of shape (n_outputs,)
+        E[beta].
+    weight_precision_ : float, ndarray of shape (n_features,), or with n_outputs in front
+        E[alpha]; the prior precision of a weight is ``beta alpha``.
+    elbo_ : float
+        The bound on ``log p(y | X)`` in nats, summed over outputs:
+        ``sum_n s_n score_samples(X, y)[n] - kl_``.
+    kl_ : float
+        ``KL(q(w, b, beta, alpha) || p)`` in nats, summed over outputs. The flat intercept counts
+        with density 1 in the units of y, so its share, minus the entropy of q(b | w, beta), may
+        be negative and depends on those units.
+    elbo_history_ : list of float
+        The bound after each pass; the last entry is ``elbo_``.
+    log_evidence_ : float
+        The exact ``log p(y | X)`` in nats, summed over outputs: ``log_evidence_ - elbo_`` is the
+        gap of the bound. By quadrature over alpha for "ridge", equal to the bound for "fixed";
+        there is no such attribute for "ard".
+    n_iter_ : int
+        Number of passes.
+    converged_ : bool
+        Whether the fit reached `tol`.
+    n_features_in_ : int
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Only if X had feature names that are all strings.
+
+    See Also
+    --------
+    sklearn.linear_model.BayesianRidge : Type-II maximum likelihood for "ridge".
+    sklearn.linear_model.ARDRegression : Type-II maximum likelihood for "ard".
+
+    Notes
+    -----
+    ``score`` is the mean evidence lower bound of the rows, not R^2: see :meth:`r2_score`.
+
+    "ridge" and "fixed" shrink all features alike, so features should have comparable spreads: one
+    whose spread is below about 1e-7 of the largest is taken as constant. "ard" has no such need.
+
+    References
+    ----------
+    Drugowitsch (2013), Variational Bayesian inference for linear and logistic regression,
+    arXiv:1310.5438. Bishop (2006), Pattern Recognition and Machine Learning, section
+    10.3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skvi import BayesianLinearVI
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.normal(size=(50, 3))
+    >>> y = 2.0 * X[:, 0] - X[:, 1] + 3.0 + 0.1 * rng.normal(size=50)
+    >>> model = BayesianLinearVI(prior="ard").fit(X, y)
+    >>> model.coef_.round(1).tolist()[:2], round(float(model.intercept_), 1)
+    ([2.0, -1.0], 3.0)
+    >>> mean, std = model.predict(X[:2], return_std=True)
+    >>> bool(abs(model.elbo_ - (model.score_samples(X, y).sum() - model.kl_)) < 1e-9)
+    True
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "prior": [StrOptions({"ridge", "ard", "fixed"})],
+        "weight_precision": [Interval(Real, 0.0, None, closed="neither")],
+        "noise_shape": [Interval(Real, 0.0, None, closed="neither")],
+        "noise_rate": [Interval(Real, 0.0, None, closed="neither")],
+        "weight_shape": [Interval(Real, 0.0, None, closed="neither")],
+        "weight_rate": [Interval(Real, 0.0, None, closed="neither")],
+        "fit_intercept": ["boolean"],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0.0, None, closed="left")],
+        "device": [str, torch.device],
+        "warm_start": ["boolean"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        *,
+        prior: str = "ridge",
+        weight_precision: float = 1.0,
+        noise_shape: float = 1e-3,
+        noise_rate: float = 1e-9,
+        weight_shape: float = 0.5,
+        weight_rate: float = 1e-3,
+        fit_intercept: bool = True,
+        max_iter: int = 1000,
+        tol: float = 1e-10,
+        device: str | torch.device = "auto",
+        warm_start: bool = False,
+        verbose: int = 0,
+    ) -> None:
+        self.prior = prior
+        self.weight_precision = weight_precision
+        self.noise_shape = noise_shape
+        self.noise_rate = noise_rate
+        self.weight_shape = weight_shape
+        self.weight_rate = weight_rate
+        self.fit_intercept = fit_intercept
+        self.max_iter = max_iter
+        self.tol = tol
+        self.device = device
+        self.warm_start = warm_start
+        self.verbose = verbose
+
+    # -- fitting ----------------------------------------------------------------------------------
+
+    @fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Maximise the bound on ``log p(y | X)``.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Finite numbers, float64 or float32; statistics are accumulated in float64.
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+            Each output has its own noise and weights.
+        sample_weight : array-like of shape (n_samples,), default=None
+            How often each row counts: an integer weight equals that many repeated rows, zero
+            equals removal.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            For invalid parameters or data; for weights that sum to less than the one row that
+            the intercept takes; for data whose answer leaves the range of float64; for a
+            `warm_start` from a fit of another prior or shape.
+        """
+        with self._all_or_nothing():
+            door = self._door(X, y, reset=True, target=True)
+            weight = self._weights(sample_weight, door.X)
+            self._fit(door, weight)
+        if not self.converged_:
+            warnings.warn(
+                f"The bound had not converged to tol={self.tol:g} nats per row after "
+                f"{self.n_iter_} passes; increase max_iter or tol.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        return self
+
+    def _fit(self, door: Door, weight: np.ndarray) -> None:
+        assert door.y is not None  # the door was opened with target=True
+        outputs = door.y.reshape(len(door.y), -1)
+        kept = slice(None) if weight.all() else weight > 0
+        X, outputs, weight = door.X[kept], outputs[kept], weight[kept]
+
+        x, spread_x = self._units(X, weight, shared=self.prior != "ard")
+        y, spread_y = self._units(outputs, weight, shared=False)
+        statistics = reduce_rows(
+            Rows(X, x, door.device, weight),
+            Rows(outputs, y, door.device, weight),
+            intercept=self.fit_intercept,
+        )
+        prior = self._hyperparameters(spread_x, spread_y, door.device)
+        if noise_shape(statistics, prior) <= 0.0:
+            raise ValueError(
+                f"The sample weights sum to {statistics.total:g}, but the intercept alone takes "
+                "one row: the noise has no posterior. Weights count how often a row was seen; "
+                "rescale them, or set fit_intercept=False or a larger noise_shape."
+            )
+        # alpha has the units of x squared
+        scale_x = x.scale if self.prior == "ard" else x.scale[:1]
+        with np.errstate(over="ignore", under="ignore"):
+            alpha = self._start(statistics, prior, scale_x)
+            solution = self._climb(statistics, prior, y, alpha)
+            self._publish(door, statistics, prior, x, y, solution)
+
+    def _units(
+        self, array: np.ndarray, weight: np.ndarray, *, shared: bool
+    ) -> tuple[Affine, np.ndarray]:
+        """Return the fitted units of the columns and their spread in these units.
+
+        The spread is the standard deviation, or the root mean square without an intercept; that
+        of a constant column is the size of the constant, or one. With ``shared=True`` all
+        columns have the scale of the root mean square of their spreads, shape (1,).
+        """
+        mean, std = weighted_moments(array, weight)
+        spread = std if self.fit_intercept else np.hypot(mean, std)
+        size = np.abs(mean)
+        if shared:
+            spread, size = np.array([root_scale(spread)]), np.array([root_scale(size)])
+        spread = np.where(spread > 0.0, spread, np.where(size > 0.0, size, 1.0))
+        scale = power_of_two(spread)
+        shift = mean if self.fit_intercept else np.zeros_like(mean)
+        return Affine(shift, np.broadcast_to(scale, mean.shape).copy()), spread / scale
+
+    def _hyperparameters(
+        self, spread_x: np.ndarray, spread_y: np.ndarray, device: torch.device
+    ) -> Prior:
+        noise_rate = torch.as_tensor(self.noise_rate * spread_y**2, device=device)
+        if self.prior == "fixed":
+            return Prior(float(self.noise_shape), noise_rate, None)
+        weight_rate = torch.as_tensor(self.weight_rate / spread_x**2, device=device)
+        weight = WeightPrior(float(self.weight_shape), weight_rate)
+        return Prior(float(self.noise_shape), noise_rate, weight)
+
+    def _start(self, statistics: Statistics, prior: Prior, scale_x: np.ndarray) -> Tensor:
+        """Return the first E[alpha] in fitted units, shape (M, H)."""
+        n_outputs = statistics.target.shape[0]
+        shape = (n_outputs, len(scale_x))
+        device = statistics.target.device
+        if self.prior == "fixed":
+            alpha = np.full(shape, self.weight_precision) / scale_x / scale_x
+            return torch.as_tensor(alpha, device=device)
+        if not (self.warm_start and hasattr(self, "_model")):
+            return start(statistics, prior).expand(shape).contiguous()
+        model = self._model
+        n_features = statistics.basis.shape[0]
+        if (self.prior, n_outputs, n_features) != (model.kind, *model.posterior.factor.mean.shape):
+            raise ValueError(
+                "warm_start=True cannot continue the previous fit: prior, the number of outputs "
+                "or the number of features has changed. Set warm_start=False, or fit a clone."
+            )
+        return torch.as_tensor(model.alpha / scale_x / scale_x, device=device)
+
+    def _climb(
+        self, statistics: Statistics, prior: Prior, y: Affine, alpha: Tensor
+    ) -> Solution[State]:
+        # densities of y in its own units
+        log_units = -statistics.n_observed * y.log_abs_det
+        first = evaluate(statistics, prior, alpha)
+        monitor = Monitor(self.tol, scale=statistics.total, verbose=self.verbose, name="linear")
+        smallest_rise = self.tol * statistics.total / len(alpha)
+
+        def step(state: State) -> tuple[State, float]:
+            if self.prior != "fixed":
+                state = improve(statistics, prior, state, smallest_rise)
+            return state, float(state.bound.sum()) + log_units
+
+        if self.prior != "fixed":
+            return climb(step, first, max_iter=self.max_iter, monitor=monitor)
+        # Nothing to iterate: q(w, b, beta) is the exact posterior.
+        solution = climb(step, first, max_iter=1, monitor=monitor)
+        finite = solution.status is not Status.NON_FINITE
+        return solution._replace(status=Status.CONVERGED) if finite else solution
+
+    def _publish(
+        self,
+        door: Door,
+        statistics: Statistics,
+        prior: Prior,
+        x: Affine,
+        y: Affine,
+        solution: Solution[State],
+    ) -> None:
+        """Set the fitted attributes, in the units of the data."""
+        if solution.status is Status.NON_FINITE:
+            raise ValueError(
+                "The bound left the range of float64. Rescale X, y or sample_weight, or choose "
+                "less extreme prior parameters."
+            )
+        assert door.y is not None
+        state, single = solution.state, door.y.ndim == 1
+        posterior = predictive.make_posterior(statistics, prior, state)
+        noise_variance = to_numpy(predictive.noise_variance(posterior))
+        posterior = _map_record(to_numpy, posterior)
+
+        mean, per_feature = posterior.factor.mean, y.scale[:, None] / x.scale
+        std = np.sqrt(to_numpy(variances(_as_tensors(posterior, "cpu").factor)))
+        std *= np.sqrt(noise_variance)[:, None]
+        scale_x = x.scale if self.prior == "ard" else x.scale[:1]
+        alpha = to_numpy(state.alpha) * scale_x * scale_x
+        coef = mean * per_feature
+        centre_x, centre_y = x.shift + posterior.centre_x * x.scale, y.shift
+        intercept = centre_y + posterior.centre_y * y.scale - coef @ centre_x
+        noise_precision = posterior.noise_shape / posterior.noise_rate / y.scale / y.scale
+
+        for name, values in {
+            "coef_": coef,
+            "intercept_": intercept,
+            "noise_precision_": noise_precision,
+            "weight_precision_": alpha,
+        }.items():
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"{name} leaves the range of float64 in the units of the data; rescale X or "
+                    "y, for example with StandardScaler."
+                )
+        outputs: Any = 0 if single else slice(None)
+        self.coef_ = coef[outputs]
+        self.intercept_ = (intercept if self.fit_intercept else np.zeros_like(intercept))[outputs]
+        self.coef_std_ = (std * per_feature)[outputs]
+        self.coef_snr_ = (np.abs(mean) / std)[outputs]
+        self.noise_precision_ = noise_precision[outputs]
+        self.weight_precision_ = (alpha if self.prior == "ard" else alpha[:, 0])[outputs]
+        self.elbo_ = solution.bound
+        # q(b | w, beta) has a density in the units of y, its prior has none
+        self.kl_ = float(state.kl.sum()) - float(statistics.intercept) * y.log_abs_det
+        self.elbo_history_ = solution.history
+        self.n_iter_ = solution.n_iter
+        self.converged_ = solution.status is Status.CONVERGED
+        self._model = _Model(
+            kind=self.prior,
+            single=single,
+            x=x,
+            y=y,
+            alpha=alpha,
+            posterior=posterior,
+            prior=_map_record(to_numpy, prior),
+            statistics=_map_record(to_numpy, statistics) if self.prior == "ridge" else None,
+        )
+
+    # -- attributes built when asked for ----------------------------------------------------------
+
+    @property
+    def coef_cov_(self) -> np.ndarray:
+        """Posterior covariance of w."""
+        check_is_fitted(self)
+        self._require_variance()
+        model = self._model
+        posterior = _as_tensors(model.posterior, "cpu")
+        scale = predictive.noise_variance(posterior).sqrt()[:, None, None]
+        per_feature = torch.as_tensor(model.y.scale[:, None] / model.x.scale)  # (M, D)
+        root = scale * per_feature[:, :, None]
+        cov = to_numpy(root * covariance(posterior.factor) * root.mT)
+        return cov[0] if model.single else cov
+
+    @property
+    def log_evidence_(self) -> float:
+        """Exact ``log p(y | X)`` in nats."""
+        check_is_fitted(self)
+        model = self._model
+        if model.kind == "fixed":
+            return self.elbo_
+        if model.statistics is None:
+            raise AttributeError(
+                "log_evidence_ does not exist for prior='ard', whose evidence has no closed form "
+                "or low-dimensional integral; it does for prior='ridge' and 'fixed'."
+            )
+        statistics = _as_tensors(model.statistics, "cpu")
+        in_fitted_units = evidence.log_evidence(statistics, _as_tensors(model.prior, "cpu"))
+        return float(in_fitted_units.sum()) - statistics.n_observed * model.y.log_abs_det
+
+    # -- predictions ------------------------------------------------------------------------------
+
+    def predict(self, X: Any, return_std: bool = False, return_cov: bool = False) -> Any:
+        """Return the mean of the posterior predictive, with its spread on request.
+
+        The spread includes the noise and the uncertainty of noise, weights and intercept.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        return_std : bool, default=False
+            Also return the standard deviation of a new response at each row.
+        return_cov : bool, default=False
+            Also return the covariance of new responses at all rows, which share weights,
+            intercept and noise precision.
+
+        Returns
+        -------
+        mean : ndarray of shape (n_samples,) or (n_samples, n_outputs)
+        std : ndarray, shape of `mean`
+            Only with `return_std`.
+        cov : ndarray of shape (n_samples, n_samples) or (n_outputs, n_samples, n_samples)
+            Only with `return_cov`.
+
+        Raises
+        ------
+        ValueError
+            If both are asked for; if the predictive Student-t has no variance (a <= 1).
+        """
+        check_is_fitted(self)
+        if return_std and return_cov:
+            raise ValueError(
+                "return_std and return_cov cannot both be True: the standard deviation is the "
+                "square root of the diagonal of the covariance. Choose one."
+            )
+        if return_std or return_cov:
+            self._require_variance()
+        door = self._door(X, reset=False)
+        scale = self._model.y.scale
+        mean = self._per_row(door, lambda q, x: predictive.mean(q, x))
+        mean = self._squeeze(self._model.y.shift + scale * mean)
+        if return_std:
+            std = self._per_row(door, lambda q, x: predictive.variance(q, x).sqrt())
+            return mean, self._squeeze(scale * std)
+        if return_cov:
+            posterior = _as_tensors(self._model.posterior, door.device)
+            x, _ = Rows(door.X, self._model.x, door.device)[slice(None)]
+            cov = to_numpy(predictive.covariance(posterior, x)) * scale[:, None, None] ** 2
+            _check_reach(cov)
+            return mean, cov[0] if self._model.single else cov
+        return mean
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Return predictive mean and standard deviation as columns.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of shape (n_samples, 2 * n_outputs)
+            Mean and standard deviation of the first output, then of the second, and so on.
+
+        Raises
+        ------
+        ValueError
+            If the predictive Student-t has no variance (a <= 1).
+        """
+        mean, std = self.predict(X, return_std=True)
+        return np.stack([mean, std], axis=-1).reshape(len(mean), -1)
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Return the names of the columns of :meth:`transform`.
+
+        Parameters
+        ----------
+        input_features : array-like of str, default=None
+            Only checked against the features seen in fit.
+
+        Returns
+        -------
+        ndarray of str
+            ``bayesianlinearvi_mean`` and ``bayesianlinearvi_std``; with several outputs,
+            ``bayesianlinearvi_mean0``, ``bayesianlinearvi_std0`` and so on.
+        """
+        check_is_fitted(self)
+        check_feature_names_in(self, input_features, generate_names=False)
+        stem = type(self).__name__.lower()
+        n_outputs = len(self._model.y.scale)
+        suffixes = [""] if self._model.single else [str(m) for m in range(n_outputs)]
+        names = [f"{stem}_{kind}{suffix}" for suffix in suffixes for kind in ("mean", "std")]
+        return np.asarray(names, dtype=object)
+
+    def sample_y(self, X: Any, n_samples: int = 1, random_state: Any = 0) -> np.ndarray:
+        """Draw responses from the posterior predictive.
+
+        All rows of one draw share one noise precision, one weight vector and one intercept, drawn
+        from their exact joint posterior.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_query, n_features)
+        n_samples : int, default=1
+            Number of draws.
+        random_state : int, RandomState, Generator or None, default=0
+            Seeds the draws, as in ``GaussianProcessRegressor.sample_y``. None is fresh entropy.
+
+        Returns
+        -------
+        ndarray of shape (n_query, n_samples) or (n_query, n_outputs, n_samples)
+
+        Raises
+        ------
+        ValueError
+            If `n_samples` is not a positive integer; if so few rows were seen that draws of the
+            noise overflow.
+        """
+        check_is_fitted(self)
+        if not isinstance(n_samples, Integral) or n_samples < 1:
+            raise ValueError(f"n_samples={n_samples!r} must be an integer of at least 1.")
+        door = self._door(X, reset=False)
+        rng = make_rng(draw_seed(random_state))
+        posterior = _as_tensors(self._model.posterior, door.device)
+        lines = predictive.draw_lines(posterior, int(n_samples), rng)
+        if not bool(lines.noise_scale.isfinite().all()):
+            raise ValueError(
+                "The noise is hardly known, and a draw of it left the range of float64. Fit on "
+                "more rows, or choose a larger noise_shape and noise_rate."
+            )
+        draws = self._per_row(
+            door,
+            lambda q, x: predictive.draw_responses(q, lines, x, rng),
+            extra=int(n_samples),
+        )
+        draws = self._model.y.shift[:, None] + self._model.y.scale[:, None] * draws
+        return draws[:, 0] if self._model.single else draws
+
+    # -- scores -----------------------------------------------------------------------------------
+
+    def score_samples(self, X: Any, y: Any = None) -> np.ndarray:
+        """Return the local bound ``E_q[log p(y_n | x_n, w, b, beta)]`` of each row.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs), default=None
+            None stands for responses that were not observed, about which the model says
+            ``log p = 0`` exactly.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            Nats, summed over outputs.
+        """
+        check_is_fitted(self)
+        if y is None:
+            return np.zeros(len(self._door(X, reset=False).X))
+        return self._log_density(X, y, predictive.expected_log_lik)
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the weighted mean of :meth:`score_samples`: higher is better, in nats per row.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+        sample_weight : array-like of shape (n_samples,), default=None
+
+        Returns
+        -------
+        float
+        """
+        check_is_fitted(self)
+        values = self._log_density(X, y, predictive.expected_log_lik)
+        return weighted_mean(values, self._weights(sample_weight, values[:, None]))
+
+    def elbo_terms(self, X: Any, y: Any) -> ElboTerms[np.ndarray]:
+        """Return the terms of the local bound of each row, in nats, summed over outputs.
+
+        A row has no latent variable of its own: ``reconstruction`` and ``energy`` are
+        :meth:`score_samples`, ``kl`` and ``entropy`` are zero.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+
+        Returns
+        -------
+        ElboTerms
+            Of arrays of shape (n_samples,).
+        """
+        check_is_fitted(self)
+        values = self._log_density(X, y, predictive.expected_log_lik)
+        zero = np.zeros_like(values)
+        return ElboTerms(reconstruction=values, kl=zero, energy=values.copy(), entropy=zero.copy())
+
+    def log_predictive(self, X: Any, y: Any) -> np.ndarray:
+        """Return the log posterior predictive density of each row, a Student-t.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+            Nats, summed over outputs; never below :meth:`score_samples`.
+        """
+        check_is_fitted(self)
+        return self._log_density(X, y, predictive.log_predictive)
+
+    def r2_score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return R^2 of :meth:`predict`, which is what ``score`` is for other regressors.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+        sample_weight : array-like of shape (n_samples,), default=None
+
+        Returns
+        -------
+        float
+            Averaged over outputs.
+        """
+        return float(r2_score(to_host(y), self.predict(X), sample_weight=to_host(sample_weight)))
+
+    # -- helpers ----------------------------------------------------------------------------------
+
+    def _require_variance(self) -> None:
+        shape = float(self._model.posterior.noise_shape)
+        if shape <= 1.0:
+            raise ValueError(
+                f"The predictive Student-t has {2.0 * shape:g} degrees of freedom, and with 2 or "
+                "fewer it has no variance. Fit on more rows (about three more than the intercept "
+                "takes), or choose a larger noise_shape and noise_rate."
+            )
+
+    def _per_row(
+        self, door: Door, function: Callable[..., Tensor], extra: int = 0, y: Rows | None = None
+    ) -> np.ndarray:
+        """Apply ``function(posterior, x[, y]) -> (B, M, ...)`` to blocks of rows."""
+        model = self._model
+        posterior = _as_tensors(model.posterior, door.device)
+        floats = predictive.floats_per_row(posterior) + extra * len(model.y.scale)
+        rows = Rows(door.X, model.x, door.device)
+        pieces = []
+        for block in row_slices(rows.n_rows, block_rows(floats, door.device)):
+            x, _ = rows[block]
+            targets = () if y is None else (y[block][0],)
+            pieces.append(to_numpy(function(posterior, x, *targets)))
+        values = np.concatenate(pieces)
+        _check_reach(values)
+        return values
+
+    def _log_density(self, X: Any, y: Any, function: Callable[..., Tensor]) -> np.ndarray:
+        """Sum ``function`` over outputs and take it to the units of y, shape (N,)."""
+        door = self._door(X, y, reset=False, target=True)
+        assert door.y is not None
+        outputs = door.y.reshape(len(door.y), -1)
+        model = self._model
+        if outputs.shape[1] != len(model.y.scale):
+            raise ValueError(
+                f"y has {outputs.shape[1]} output(s), but the model was fitted with "
+                f"{len(model.y.scale)}; pass a y of the same form."
+            )
+        values = self._per_row(door, function, y=Rows(outputs, model.y, door.device))
+        return values.sum(axis=1) - model.y.log_abs_det
+
+    def _squeeze(self, values: np.ndarray) -> np.ndarray:
+        return values[:, 0] if self._model.single else values
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        # score is a bound in nats, not R^2
+        tags.regressor_tags.poor_score = True
+        tags.target_tags.multi_output = True
+        # what comes out depends on y and is float64, whatever X is
+        tags.transformer_tags.preserves_dtype = []
+        return tags
+
+
+def _as_tensors(record: Record, device: torch.device | str) -> Record:
+    return _map_record(lambda array: torch.as_tensor(array, device=device), record)
+
+
+def _check_reach(values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError(
+            "Some rows lie so far from the training data that their squared distance leaves the "
+            "range of float64; check the units of X and y."
+        )

@@ -1,0 +1,165 @@
+r"""What the posterior says about new rows.
+
+For a row x with :math:`\delta = x - \bar x`:
+
+.. math::
+    \mu = \bar y + \delta'm, \qquad k = 1/n + \delta'V\delta, \qquad
+    y | x \sim \mathrm{St}(2a, \mu, \tfrac ba (1 + k))
+
+where 1/n is there only with an intercept. Source: Drugowitsch (2013), arXiv:1310.5438, the
+predictive density of the linear model, with the intercept's share. Everything is in fitted units.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skvi.distributions import gamma, student_t
+from skvi.distributions.normal import LOG_2PI
+from skvi.models.linear.climb import Prior, State, noise_shape
+from skvi.models.linear.reduction import Statistics
+from skvi.models.linear.weights import Factor, draw, factorise, lengths
+
+
+class Posterior(NamedTuple):
+    """q(w, b, beta), ready to predict from.
+
+    Attributes
+    ----------
+    factor : Factor
+        m and V.
+    noise_shape : Tensor of shape ()
+    noise_rate : Tensor of shape (M,)
+        q(beta) = Gam(noise_shape, noise_rate).
+    centre_x : Tensor of shape (D,)
+    centre_y : Tensor of shape (M,)
+    intercept_variance : Tensor of shape ()
+        1/n, or 0 without an intercept.
+    """
+
+    factor: Factor
+    noise_shape: Tensor
+    noise_rate: Tensor
+    centre_x: Tensor
+    centre_y: Tensor
+    intercept_variance: Tensor
+
+
+def make_posterior(statistics: Statistics, prior: Prior, state: State) -> Posterior:
+    """Collect what predictions need from the end of a climb."""
+    shared = 1.0 / statistics.total if statistics.intercept else 0.0
+    return Posterior(
+        factor=factorise(statistics, state.alpha),
+        noise_shape=torch.full_like(state.noise_rate[0], noise_shape(statistics, prior)),
+        noise_rate=state.noise_rate,
+        centre_x=statistics.centre_x,
+        centre_y=statistics.centre_y,
+        intercept_variance=torch.full_like(state.noise_rate[0], shared),
+    )
+
+
+def floats_per_row(posterior: Posterior) -> int:
+    """Workspace of one row in the functions below."""
+    n_copies, n_features, rank = posterior.factor.basis.shape
+    return 2 * n_copies * (n_features + rank) + posterior.factor.gain.numel()
+
+
+def mean(posterior: Posterior, x: Tensor) -> Tensor:
+    """Return the predictive means mu (B, M) of rows x (B, D)."""
+    return posterior.centre_y + (x - posterior.centre_x) @ posterior.factor.mean.T
+
+
+def leverage(posterior: Posterior, x: Tensor) -> Tensor:
+    """Return k (B, M): the variance of the line at x, in units of the noise variance."""
+    seen, unseen = lengths(posterior.factor, x - posterior.centre_x)
+    squares = seen.square().sum(-1) + unseen.square().sum(-1)  # (M, B)
+    return posterior.intercept_variance + (posterior.factor.outer[:, None].square() * squares).T
+
+
+def expected_log_lik(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
+    """Return ``E_q[log p(y | x, w, b, beta)]`` (B, M) of rows x (B, D) and outputs y (B, M).
+
+    ``1/2 (E log beta - log 2 pi) - 1/2 (E[beta] (y - mu)^2 + k)``
+    """
+    shape, rate = posterior.noise_shape, posterior.noise_rate
+    E_log_noise = gamma.expected_log(shape, rate)
+    error = (y - mean(posterior, x)) * gamma.mean(shape, rate).sqrt()
+    return 0.5 * (E_log_noise - LOG_2PI - error.square() - leverage(posterior, x))
+
+
+def log_predictive(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
+    """Return the log predictive density (B, M), a Student-t with ``2 a`` degrees of freedom."""
+    shape, rate = posterior.noise_shape, posterior.noise_rate
+    scale = (rate / shape * (1.0 + leverage(posterior, x))).sqrt()
+    error = (y - mean(posterior, x)) / scale
+    return student_t.log_density(error.square(), 2.0 * scale.log(), 2.0 * shape, 1)
+
+
+def noise_variance(posterior: Posterior) -> Tensor:
+    """Return ``E[1 / beta] = b / (a - 1)``, shape (M,); infinite if a <= 1."""
+    excess = (posterior.noise_shape - 1.0).clamp(min=0.0)
+    return posterior.noise_rate / excess
+
+
+def variance(posterior: Posterior, x: Tensor) -> Tensor:
+    """Return the predictive variances (B, M)."""
+    return noise_variance(posterior) * (1.0 + leverage(posterior, x))
+
+
+def covariance(posterior: Posterior, x: Tensor) -> Tensor:
+    """Return the joint predictive covariances (M, B, B) of new responses at the rows x."""
+    seen, unseen = lengths(posterior.factor, x - posterior.centre_x)
+    outer = posterior.factor.outer.square()[:, None, None]
+    cov = outer * (seen @ seen.mT + unseen @ unseen.mT) + posterior.intercept_variance
+    cov.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    return noise_variance(posterior)[:, None, None] * cov
+
+
+class Lines(NamedTuple):
+    """Joint draws of everything that the rows share.
+
+    Attributes
+    ----------
+    noise_scale : Tensor of shape (S, M)
+        ``beta^-1/2``.
+    coef : Tensor of shape (S, M, D)
+    centre : Tensor of shape (S, M)
+        Height of the line at ``centre_x``.
+    """
+
+    noise_scale: Tensor
+    coef: Tensor
+    centre: Tensor
+
+
+def draw_lines(posterior: Posterior, n_draws: int, rng: np.random.Generator) -> Lines:
+    """Draw beta, then w and b given beta, from the exact joint posterior."""
+    n_outputs, n_features = posterior.factor.mean.shape
+    like = posterior.noise_rate
+
+    def to_device(values: np.ndarray) -> Tensor:
+        return torch.as_tensor(values, dtype=like.dtype, device=like.device)
+
+    unit_gamma = rng.standard_gamma(float(posterior.noise_shape), size=(n_draws, n_outputs))
+    noise_scale = (posterior.noise_rate / to_device(unit_gamma)).sqrt()
+    w = draw(posterior.factor, to_device(rng.standard_normal((n_draws, n_outputs, n_features))))
+    b = to_device(rng.standard_normal((n_draws, n_outputs))) * math.sqrt(
+        float(posterior.intercept_variance)
+    )
+    return Lines(
+        noise_scale,
+        posterior.factor.mean + noise_scale[:, :, None] * w,
+        posterior.centre_y + noise_scale * b,
+    )
+
+
+def draw_responses(
+    posterior: Posterior, lines: Lines, x: Tensor, rng: np.random.Generator
+) -> Tensor:
+    """Return responses (B, M, S) at rows x (B, D), one for each of the drawn lines."""
+    height = torch.einsum("bd,smd->bms", x - posterior.centre_x, lines.coef) + lines.centre.T
+    noise = torch.as_tensor(rng.standard_normal(height.shape), dtype=x.dtype, device=x.device)
+    return height + noise * lines.noise_scale.T

@@ -1,0 +1,539 @@
+"""BayesianLinearVI as its users meet it."""
+
+import pickle
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.base import clone
+from sklearn.datasets import load_diabetes
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.feature_selection import SelectFromModel
+from sklearn.linear_model import BayesianRidge
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import estimator_checks
+
+from skvi.estimators.linear import BayesianLinearVI
+
+PRIORS = ["ridge", "ard", "fixed"]
+SHAPES = [(40, 4), (6, 9)]  # more rows than features, and fewer
+
+
+def _data(rng, n=40, p=4, outputs=None):
+    X = rng.normal(size=(n, p)) * np.linspace(0.5, 2.0, p) + 3.0
+    w = rng.normal(size=(p, outputs or 1))
+    y = X @ w + 1.0 + 0.3 * rng.normal(size=(n, outputs or 1))
+    return X, y if outputs else y[:, 0]
+
+
+def _assert_never_falls(history):
+    """Beyond the rounding of its terms, which may be larger than the bound."""
+    assert (np.diff(history) >= -1e-11 * np.abs(history[1:]).clip(1.0)).all()
+
+
+def _assert_identity(model, X, y, weight=None, rel=1e-9):
+    weight = np.ones(len(X)) if weight is None else weight
+    total = weight @ model.score_samples(X, y)
+    assert model.elbo_ == pytest.approx(total - model.kl_, rel=rel)
+
+
+# -- the bound ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("fit_intercept", [True, False])
+@pytest.mark.parametrize(("n", "p"), SHAPES)
+@pytest.mark.parametrize("outputs", [None, 2])
+def test_elbo_is_the_score_minus_the_price(prior, fit_intercept, n, p, outputs, rng, device):
+    X, y = _data(rng, n, p, outputs)
+    weight = rng.integers(1, 4, size=n).astype(float)
+    model = BayesianLinearVI(prior=prior, fit_intercept=fit_intercept, device=device)
+    model.fit(X, y, sample_weight=weight)
+    _assert_identity(model, X, y, weight)
+    assert model.elbo_history_[-1] == model.elbo_
+    assert len(model.elbo_history_) == model.n_iter_
+    _assert_never_falls(model.elbo_history_)
+    assert model.converged_
+    terms = model.elbo_terms(X, y)
+    np.testing.assert_array_equal(terms.reconstruction - terms.kl, model.score_samples(X, y))
+    np.testing.assert_array_equal(terms.energy + terms.entropy, model.score_samples(X, y))
+    assert (model.score_samples(X, y) <= model.log_predictive(X, y)).all()
+
+
+def test_diabetes_ranks_the_priors_and_leaves_little_gap():
+    X, y = load_diabetes(return_X_y=True)
+    ridge = BayesianLinearVI().fit(X, y)
+    assert 0.0 < ridge.log_evidence_ - ridge.elbo_ < 0.2
+    fixed = BayesianLinearVI(prior="fixed", weight_precision=ridge.weight_precision_).fit(X, y)
+    np.testing.assert_allclose(fixed.coef_, ridge.coef_, rtol=1e-12)
+    np.testing.assert_allclose(fixed.noise_precision_, ridge.noise_precision_, rtol=1e-12)
+    assert fixed.log_evidence_ == fixed.elbo_ > ridge.log_evidence_
+    assert (fixed.n_iter_, fixed.converged_) == (1, True)
+    sklearns = BayesianRidge().fit(X, y)
+    assert ridge.r2_score(X, y) == pytest.approx(sklearns.score(X, y), abs=0.01)
+    _, std = ridge.predict(X, return_std=True)
+    np.testing.assert_allclose(std, sklearns.predict(X, return_std=True)[1], rtol=0.02)
+
+
+def test_ard_finds_the_features_that_matter_with_fewer_rows_than_features():
+    """A vague prior of the weight precisions explains every row here: noise zero, R^2 one."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(100, 300))
+    w = np.zeros(300)
+    w[:5] = [2.0, -1.5, 1.0, 3.0, -2.0]
+    y = X @ w + 0.5 * rng.normal(size=100)
+    model = BayesianLinearVI(prior="ard").fit(X, y)
+    assert 0.3 < model.noise_precision_**-0.5 < 0.7
+    assert set(np.argsort(-model.coef_snr_)[:5]) == set(range(5))
+    assert model.elbo_ > BayesianLinearVI().fit(X, y).elbo_
+
+
+def test_log_evidence_is_absent_for_ard_and_before_fit(rng):
+    X, y = _data(rng)
+    assert not hasattr(BayesianLinearVI(), "log_evidence_")
+    assert not hasattr(BayesianLinearVI(), "coef_cov_")
+    model = BayesianLinearVI(prior="ard").fit(X, y)
+    with pytest.raises(AttributeError, match="ridge"):
+        _ = model.log_evidence_
+    # the fitted prior decides, not the parameter
+    assert not hasattr(model.set_params(prior="ridge"), "log_evidence_")
+
+
+# -- invariances ----------------------------------------------------------------------------------
+
+PUBLIC = ["coef_", "intercept_", "coef_std_", "noise_precision_", "weight_precision_", "elbo_"]
+
+
+def _assert_same_fit(a, b, rtol=1e-8):
+    for name in PUBLIC:
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=rtol, err_msg=name)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize(("n", "p"), SHAPES)
+def test_weights_are_repeats_and_zero_is_removal(prior, n, p, rng):
+    X, y = _data(rng, n, p)
+    weight = rng.integers(0, 4, size=n)
+    model = BayesianLinearVI(prior=prior, tol=0.0)
+    # own precisions approach the top in smaller and smaller steps
+    rtol = 1e-6 if prior == "ard" else 1e-9
+    weighted = clone(model).fit(X, y, sample_weight=weight)
+    repeated = clone(model).fit(np.repeat(X, weight, 0), np.repeat(y, weight))
+    _assert_same_fit(weighted, repeated, rtol)
+    kept = weight > 0
+    removed = clone(model).fit(X[kept], y[kept], sample_weight=weight[kept])
+    _assert_same_fit(weighted, removed, rtol=0.0)
+    # rows without weight may hold anything in range
+    wild = np.where(kept[:, None], X, 1e150)
+    _assert_same_fit(weighted, clone(model).fit(wild, y, sample_weight=weight), rtol=0.0)
+    score = weighted.score(X, y, sample_weight=weight)
+    assert score == pytest.approx(weighted.score(np.repeat(X, weight, 0), np.repeat(y, weight)))
+
+
+@pytest.mark.parametrize("prior", ["ridge", "ard"])
+@pytest.mark.parametrize(("x_unit", "y_unit"), [(1e100, 1e-100), (1e-100, 1e100), (3e7, 0.1)])
+def test_default_priors_know_no_units(prior, x_unit, y_unit, rng):
+    X, y = _data(rng)
+    plain = BayesianLinearVI(prior=prior, tol=0.0).fit(X, y)
+    scaled = BayesianLinearVI(prior=prior, tol=0.0).fit(X * x_unit, y * y_unit)
+    for name, unit in {
+        "coef_": y_unit / x_unit,
+        "coef_std_": y_unit / x_unit,
+        "intercept_": y_unit,
+        "noise_precision_": y_unit**-2.0,
+        "weight_precision_": x_unit**2.0,
+    }.items():
+        got, expected = getattr(scaled, name), getattr(plain, name) * unit
+        np.testing.assert_allclose(got, expected, rtol=1e-6, err_msg=name)
+    rows_left = len(X) - 1
+    assert scaled.elbo_ == pytest.approx(plain.elbo_ - rows_left * np.log(y_unit), rel=1e-10)
+    np.testing.assert_allclose(
+        scaled.score_samples(X * x_unit, y * y_unit),
+        plain.score_samples(X, y) - np.log(y_unit),
+        atol=1e-6,
+    )
+
+
+def test_ard_does_not_depend_on_the_units_of_single_columns(rng):
+    X, y = _data(rng)
+    units = np.array([1e-60, 1.0, 1e40, 3.0])
+    plain = BayesianLinearVI(prior="ard").fit(X, y)
+    scaled = BayesianLinearVI(prior="ard").fit(X * units, y)
+    np.testing.assert_allclose(scaled.coef_ * units, plain.coef_, rtol=1e-7)
+    assert scaled.elbo_ == pytest.approx(plain.elbo_, rel=1e-11)
+
+
+@pytest.mark.parametrize("prior", ["ridge", "ard"])
+def test_outputs_are_fitted_as_if_alone(prior, rng):
+    X, y = _data(rng, outputs=3)
+    model = BayesianLinearVI(prior=prior, tol=1e-14).fit(X, y)
+    alone = [BayesianLinearVI(prior=prior, tol=1e-14).fit(X, column) for column in y.T]
+    for name in [*PUBLIC[:-1], "coef_cov_", "coef_snr_"]:
+        expected = np.array([getattr(single, name) for single in alone])
+        np.testing.assert_allclose(getattr(model, name), expected, rtol=1e-6, err_msg=name)
+    assert model.elbo_ == pytest.approx(sum(single.elbo_ for single in alone), rel=1e-10)
+    if prior == "ridge":
+        total = sum(single.log_evidence_ for single in alone)
+        assert model.log_evidence_ == pytest.approx(total, rel=1e-10)
+    mean, cov = model.predict(X[:5], return_cov=True)
+    assert (mean.shape, cov.shape) == ((5, 3), (3, 5, 5))
+    np.testing.assert_allclose(cov[1], alone[1].predict(X[:5], return_cov=True)[1], rtol=1e-6)
+    expected = sum(
+        single.log_predictive(X, column) for single, column in zip(alone, y.T, strict=True)
+    )
+    np.testing.assert_allclose(model.log_predictive(X, y), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_scores_do_not_depend_on_company_or_order(prior, rng, monkeypatch):
+    X, y = _data(rng, 200, 5)
+    model = BayesianLinearVI(prior=prior).fit(X, y)
+    scores, order = model.score_samples(X, y), rng.permutation(200)
+    np.testing.assert_allclose(model.score_samples(X[order], y[order]), scores[order], atol=1e-12)
+    singly = [model.score_samples(X[i : i + 1], y[i : i + 1])[0] for i in range(20)]
+    np.testing.assert_allclose(singly, scores[:20], atol=1e-12)
+    monkeypatch.setattr("skvi.models.linear.reduction._SMALL", 0)
+    for module in ("skvi.estimators.linear", "skvi.models.linear.reduction"):
+        monkeypatch.setattr(f"{module}.block_rows", lambda floats, device: 7)
+    np.testing.assert_allclose(model.score_samples(X, y), scores, atol=1e-12)
+    _assert_same_fit(clone(model).fit(X, y), model)
+
+
+def test_float32_at_an_offset_equals_float64(rng):
+    X, y = _data(rng)
+    X = (X + 1e4).astype(np.float32)
+    single = BayesianLinearVI().fit(X, y)
+    _assert_same_fit(single, BayesianLinearVI().fit(X.astype(np.float64), y), rtol=1e-13)
+    assert single.r2_score(X, y) > 0.9
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_offsets_of_1e8_cost_the_intercept_only(prior, rng):
+    X, y = _data(rng)
+    X = np.round(X, 6)
+    plain = BayesianLinearVI(prior=prior).fit(X, y)
+    shifted = BayesianLinearVI(prior=prior).fit(X + 1e8, y)
+    np.testing.assert_allclose(shifted.coef_, plain.coef_, rtol=1e-6)
+    assert shifted.elbo_ == pytest.approx(plain.elbo_, abs=1e-4)
+    np.testing.assert_allclose(shifted.predict(X + 1e8), plain.predict(X), atol=1e-6)
+
+
+# -- predictions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_predict_and_transform_agree(prior, rng, device):
+    X, y = _data(rng)
+    model = BayesianLinearVI(prior=prior, device=device).fit(X, y)
+    mean, std = model.predict(X, return_std=True)
+    again, cov = model.predict(X, return_cov=True)
+    np.testing.assert_array_equal(mean, model.predict(X))
+    np.testing.assert_array_equal(mean, again)
+    np.testing.assert_allclose(mean, X @ model.coef_ + model.intercept_, rtol=1e-10)
+    np.testing.assert_allclose(np.sqrt(np.diag(cov)), std, rtol=1e-10)
+    assert np.linalg.eigvalsh(cov).min() > 0.0
+    np.testing.assert_array_equal(model.transform(X), np.column_stack([mean, std]))
+    np.testing.assert_allclose(np.sqrt(np.diag(model.coef_cov_)), model.coef_std_, rtol=1e-10)
+    # two rows far apart along one direction: their difference sees the weights, not the intercept
+    x = np.vstack([X[0], X[0] + 1.0])
+    cov = model.predict(x, return_cov=True)[1]
+    difference = cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]
+    noise = model.coef_cov_.sum()
+    beta = model._model.posterior
+    noise_variance = (
+        float(beta.noise_rate[0] / (beta.noise_shape - 1)) * model._model.y.scale[0] ** 2
+    )
+    assert difference == pytest.approx(noise + 2 * noise_variance, rel=1e-8)
+
+
+def test_sample_y_shapes_seeds_and_moments(rng):
+    X, y = _data(rng)
+    model = BayesianLinearVI().fit(X, y)
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    draws = model.sample_y(X[:3], n_samples=20_000)
+    np.testing.assert_array_equal(before[0], np.random.get_state()[1])  # noqa: NPY002
+    assert torch.equal(before[1], torch.get_rng_state())
+    assert draws.shape == (3, 20_000)
+    np.testing.assert_array_equal(draws, model.sample_y(X[:3], 20_000, random_state=0))
+    assert not np.array_equal(
+        model.sample_y(X, random_state=None), model.sample_y(X, random_state=None)
+    )
+    mean, cov = model.predict(X[:3], return_cov=True)
+    error = np.sqrt(np.diag(cov) / 20_000)
+    assert (np.abs(draws.mean(axis=1) - mean) < 5 * error).all()
+    np.testing.assert_allclose(np.cov(draws), cov, rtol=0.1, atol=0.02 * cov.max())
+    X, y = _data(rng, outputs=2)
+    assert BayesianLinearVI().fit(X, y).sample_y(X, 5).shape == (40, 2, 5)
+    with pytest.raises(ValueError, match="n_samples"):
+        model.sample_y(X, 0)
+
+
+def test_a_column_of_targets_keeps_its_dimension(rng):
+    X, y = _data(rng)
+    flat, column = BayesianLinearVI().fit(X, y), BayesianLinearVI().fit(X, y[:, None])
+    assert (flat.coef_.shape, column.coef_.shape) == ((4,), (1, 4))
+    assert (flat.predict(X).shape, column.predict(X).shape) == ((40,), (40, 1))
+    assert (np.ndim(flat.intercept_), column.intercept_.shape) == (0, (1,))
+    assert (np.ndim(flat.weight_precision_), column.weight_precision_.shape) == (0, (1,))
+    assert (flat.coef_cov_.shape, column.coef_cov_.shape) == ((4, 4), (1, 4, 4))
+    assert column.get_feature_names_out().tolist() == [
+        "bayesianlinearvi_mean0",
+        "bayesianlinearvi_std0",
+    ]
+    np.testing.assert_array_equal(flat.score_samples(X, y), column.score_samples(X, y[:, None]))
+
+
+def test_a_response_that_was_not_observed_scores_zero(rng):
+    X, y = _data(rng)
+    np.testing.assert_array_equal(BayesianLinearVI().fit(X, y).score_samples(X), np.zeros(40))
+
+
+def test_no_intercept_goes_through_the_origin(rng):
+    X, y = _data(rng)
+    model = BayesianLinearVI(fit_intercept=False).fit(X, y)
+    assert model.intercept_ == 0.0
+    np.testing.assert_allclose(model.predict(np.zeros((1, 4))), 0.0, atol=1e-12)
+
+
+# -- the contract ---------------------------------------------------------------------------------
+
+EXTRA_CHECKS = [
+    "check_param_validation",
+    "check_transformer_get_feature_names_out",
+    "check_transformer_get_feature_names_out_pandas",
+    "check_set_output_transform",
+    "check_set_output_transform_pandas",
+    "check_set_output_transform_polars",
+    "check_global_output_transform_pandas",
+    "check_dataframe_column_names_consistency",
+    "check_inplace_ensure_writeable",
+]
+
+
+@pytest.mark.parametrize("check", EXTRA_CHECKS)
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.filterwarnings("ignore:X .* feature names:UserWarning")  # the checks mix containers
+def test_checks_that_are_not_sent_to_third_parties(prior, check):
+    getattr(estimator_checks, check)("BayesianLinearVI", BayesianLinearVI(prior=prior))
+
+
+def test_containers_and_names(rng):
+    X, y = _data(rng, outputs=2)
+    frame = pd.DataFrame(X, columns=list("abcd"))
+    model = BayesianLinearVI().set_output(transform="pandas").fit(frame, y)
+    assert list(model.feature_names_in_) == list("abcd")
+    assert list(model.transform(frame).columns) == [
+        "bayesianlinearvi_mean0",
+        "bayesianlinearvi_std0",
+        "bayesianlinearvi_mean1",
+        "bayesianlinearvi_std1",
+    ]
+    np.testing.assert_array_equal(
+        BayesianLinearVI().fit(torch.as_tensor(X), torch.as_tensor(y)).coef_,
+        BayesianLinearVI().fit(X, y).coef_,
+    )
+
+
+def test_pickle_holds_numpy_only_and_predicts_the_same(rng):
+    X, y = _data(rng)
+    for prior in PRIORS:
+        model = BayesianLinearVI(prior=prior).fit(X, y)
+        data = pickle.dumps(model)
+        assert b"torch" not in data
+        copy = pickle.loads(data)
+        np.testing.assert_array_equal(copy.predict(X), model.predict(X))
+        np.testing.assert_array_equal(copy.score_samples(X, y), model.score_samples(X, y))
+
+
+def test_search_selection_and_routed_weights(rng):
+    X, y = _data(rng, 60, 4)
+    X[:, 3] = rng.normal(size=60)
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), BayesianLinearVI()),
+        {"bayesianlinearvi__prior": PRIORS},
+        cv=3,
+        error_score="raise",
+    ).fit(X, y)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    selector = SelectFromModel(BayesianLinearVI(), importance_getter="coef_snr_", threshold=5.0)
+    assert not selector.fit(X, y).get_support()[3]
+    with sklearn.config_context(enable_metadata_routing=True):
+        model = BayesianLinearVI().set_fit_request(sample_weight=True)
+        model.set_score_request(sample_weight=True)
+        weight = np.r_[np.ones(30), np.full(30, 2.0)]
+        routed = GridSearchCV(model, {"prior": ["ridge"]}, cv=3).fit(X, y, sample_weight=weight)
+    direct = BayesianLinearVI().fit(X, y, sample_weight=weight)
+    np.testing.assert_array_equal(routed.best_estimator_.coef_, direct.coef_)
+
+
+def test_warm_start_continues(rng):
+    X, y = _data(rng, 30, 12)
+    model = BayesianLinearVI(prior="ard", max_iter=2, tol=0.0, warm_start=True)
+    with pytest.warns(ConvergenceWarning, match="max_iter"):
+        first = model.fit(X, y).elbo_
+    assert not model.converged_
+    with pytest.warns(ConvergenceWarning):
+        assert model.fit(X, y).elbo_ > first
+    model.set_params(max_iter=1000, tol=1e-10).fit(X, y)
+    cold = BayesianLinearVI(prior="ard").fit(X, y)
+    assert model.elbo_ == pytest.approx(cold.elbo_, rel=1e-8)
+    assert model.fit(X, y).n_iter_ <= 2
+    for change in [{"prior": "ridge"}]:
+        with pytest.raises(ValueError, match="warm_start=False"):
+            model.set_params(**change).fit(X, y)
+    model.set_params(prior="ard")
+    with pytest.raises(ValueError, match="warm_start=False"):
+        model.fit(X[:, :5], y)
+    # a fit that fails leaves the estimator as it was
+    assert model.n_features_in_ == 12
+    assert model.predict(X).shape == (30,)
+
+
+def test_verbose_prints_each_pass(rng, capsys):
+    X, y = _data(rng)
+    model = BayesianLinearVI(verbose=2).fit(X, y)
+    assert capsys.readouterr().out.count("ELBO") == model.n_iter_
+    BayesianLinearVI().fit(X, y)
+    assert capsys.readouterr().out == ""
+
+
+# -- input that hurts -----------------------------------------------------------------------------
+
+
+def test_errors_name_cause_and_remedy(rng):
+    X, y = _data(rng)
+    model = BayesianLinearVI()
+    with pytest.raises(NotFittedError):
+        model.predict(X)
+    with pytest.raises(ValueError, match=r"sum to 0.5.*fit_intercept=False"):
+        model.fit(X, y, sample_weight=np.full(40, 0.5 / 40))
+    assert not hasattr(model, "n_features_in_")
+    model.fit(X, y)
+    with pytest.raises(ValueError, match="both"):
+        model.predict(X, return_std=True, return_cov=True)
+    with pytest.raises(ValueError, match="output"):
+        model.score_samples(X, np.column_stack([y, y]))
+    with pytest.raises(ValueError, match="zero"):
+        model.fit(X, y, sample_weight=np.zeros(40))
+    with pytest.raises(ValueError, match="far from the training data"):
+        BayesianLinearVI().fit(X * 1e-120, y).predict(np.full((1, 4), 1e120), return_std=True)
+    with pytest.raises(ValueError, match="range of float64"):
+        BayesianLinearVI().fit(X, y * 1e-170)
+    with pytest.raises(ValueError, match="cuda"):
+        BayesianLinearVI(device="cuda:99").fit(X, y)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_one_row_fits_but_has_no_variance(prior):
+    model = BayesianLinearVI(prior=prior).fit([[1.0, 2.0]], [3.0])
+    _assert_identity(model, [[1.0, 2.0]], [3.0])
+    np.testing.assert_allclose(model.predict([[1.0, 2.0]]), 3.0)
+    assert np.isinf(model.coef_std_).all()
+    assert (model.coef_snr_ == 0.0).all()
+    with pytest.raises(ValueError, match="more rows"):
+        model.predict([[1.0, 2.0]], return_std=True)
+    with pytest.raises(ValueError, match="more rows"):
+        model.transform([[1.0, 2.0]])
+    with pytest.raises(ValueError, match="more rows"):
+        _ = model.coef_cov_
+    with pytest.raises(ValueError, match="more rows"):
+        model.sample_y([[1.0, 2.0]], 10)
+    informed = BayesianLinearVI(prior=prior, noise_shape=3.0, noise_rate=0.1)
+    assert np.isfinite(informed.fit([[1.0, 2.0]], [3.0]).transform([[1.0, 2.0]])).all()
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_degenerate_targets_and_columns(prior, rng):
+    X, _ = _data(rng)
+    constant = BayesianLinearVI(prior=prior).fit(X, np.full(40, 7.0))
+    np.testing.assert_allclose(constant.coef_, 0.0, atol=1e-12)
+    assert constant.intercept_ == pytest.approx(7.0)
+    zero = BayesianLinearVI(prior=prior).fit(X, np.zeros(40))
+    np.testing.assert_array_equal(zero.predict(X), 0.0)
+    y = X[:, 0] + 0.1 * rng.normal(size=40)
+    nothing = BayesianLinearVI(prior=prior).fit(np.full((40, 2), 5.0), y)
+    np.testing.assert_allclose(nothing.predict([[5.0, 5.0]]), y.mean())
+    twins = BayesianLinearVI(prior=prior).fit(np.column_stack([X[:, 0], X[:, 0]]), y)
+    assert twins.coef_[0] == pytest.approx(twins.coef_[1], rel=1e-6)
+    perfect = BayesianLinearVI(prior=prior, weight_precision=1e-9).fit(X, X[:, 0])
+    assert perfect.r2_score(X, X[:, 0]) > 1 - 1e-9
+    for model, target in [(constant, np.full(40, 7.0)), (perfect, X[:, 0])]:
+        _assert_identity(model, X, target)
+
+
+@st.composite
+def hard_data(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**31 - 1)))
+    n, p = draw(st.integers(1, 12)), draw(st.integers(1, 6))
+    X = rng.normal(size=(n, p))
+    for column in range(p):
+        kind = draw(st.sampled_from(["plain", "constant", "twin", "collinear", "tiny"]))
+        if kind == "constant":
+            X[:, column] = draw(st.sampled_from([0.0, 1.0, -3e5]))
+        elif kind == "twin":
+            X[:, column] = X[:, 0]
+        elif kind == "collinear":
+            X[:, column] = X @ rng.normal(size=p)
+        elif kind == "tiny":
+            X[:, column] *= 1e-9
+    y = {
+        "noise": rng.normal(size=n),
+        "perfect": X.sum(axis=1),
+        "constant": np.full(n, 2.0),
+        "zero": np.zeros(n),
+        "signal": X[:, 0] + 0.1 * rng.normal(size=n),
+    }[draw(st.sampled_from(["noise", "perfect", "constant", "zero", "signal"]))]
+    X = X * 10.0 ** draw(st.integers(-150, 150)) if draw(st.booleans()) else X
+    X = X + draw(st.sampled_from([0.0, 1e4, 1e8]))
+    y = y * 10.0 ** draw(st.integers(-140, 150)) + draw(st.sampled_from([0.0, 1e8]))
+    if draw(st.booleans()) and np.abs(X).max() < 1e30:
+        X = X.astype(np.float32)
+    weight = None
+    if draw(st.booleans()):
+        weight = 10.0 ** rng.uniform(-1, 1, size=n) * 10.0 ** draw(st.integers(0, 100))
+        weight[rng.random(n) < 0.2] = 10.0 ** draw(st.integers(-100, 0))
+    return X, y, weight
+
+
+@given(data=hard_data(), prior=st.sampled_from(PRIORS), fit_intercept=st.booleans())
+def test_hard_data_give_a_finite_answer_or_a_clear_error(data, prior, fit_intercept):
+    X, y, weight = data
+    model = BayesianLinearVI(prior=prior, fit_intercept=fit_intercept)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(X, y, sample_weight=weight)
+    except ValueError as error:
+        assert any(word in str(error) for word in ("rescale", "Rescale"))  # noqa: PT017
+        return
+    for name in ["coef_", "intercept_", "noise_precision_", "weight_precision_", "elbo_", "kl_"]:
+        assert np.isfinite(getattr(model, name)).all(), name
+    _assert_never_falls(model.elbo_history_)
+    assert np.isfinite(model.predict(X)).all()
+    assert (model.coef_std_ >= 0).all()
+    # Residuals are differences of y and of the terms of x'w, so they carry the rounding of these.
+    terms = np.abs(y) + np.abs(X) @ np.abs(model.coef_) + abs(model.intercept_)
+    rounding = 1e-14 * terms.max() * model.noise_precision_**0.5
+    # A fixed precision of one under data of 1e150 multiplies the rounding of unseen directions.
+    if rounding < 1e-3 and prior != "fixed":
+        _assert_identity(model, X, y, weight, rel=1e-7 + rounding)
+    if prior == "ridge":
+        assert model.log_evidence_ >= model.elbo_ - 1e-9 * abs(model.elbo_)
+
+
+def test_the_docstring_example_runs():
+    import doctest
+
+    import skvi.estimators.linear as module
+
+    found = doctest.DocTestFinder().find(module.BayesianLinearVI, globs={})
+    text = found[0].docstring.replace("from skvi import", "from skvi.estimators.linear import")
+    example = doctest.DocTestParser().get_doctest(text, {}, "example", None, None)
+    assert doctest.DocTestRunner().run(example).failed == 0

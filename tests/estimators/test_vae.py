@@ -1,0 +1,539 @@
+"""VAETransformer: the contract of a density, a transformer, and honest behaviour on bad input."""
+
+import copy
+import math
+import pickle
+import warnings
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.base import clone
+from sklearn.datasets import load_digits, load_iris, load_wine
+from sklearn.decomposition import PCA, FactorAnalysis
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from skvi.estimators import vae as module
+from skvi.estimators.vae import VAETransformer
+
+
+def _short(**params):
+    """A small fit: what it finds does not matter, that it holds together does."""
+    settings = {"hidden_layer_sizes": (8,), "max_iter": 3, "random_state": 0}
+    return VAETransformer(**settings | params)
+
+
+def _fit(estimator, X, **fit_params):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return estimator.fit(X, **fit_params)
+
+
+@pytest.fixture(scope="module")
+def iris():
+    return load_iris().data
+
+
+@pytest.fixture(scope="module")
+def fitted(iris):
+    return _fit(_short(max_iter=50), iris)
+
+
+@pytest.fixture(scope="module")
+def binary():
+    return (load_digits().data[:300] > 7).astype(float)
+
+
+@pytest.fixture(scope="module")
+def fitted_binary(binary):
+    return _fit(_short(max_iter=20), binary)
+
+
+# -- exactness ------------------------------------------------------------------------------------
+
+
+def _marginal(vae):
+    """The law of X under a linear decoder: N(b, W W' + Psi), in the units of X."""
+    weights, (shift, scale) = vae._model.weights, vae._model.affine
+    W = weights["decoder.linear.weight"].astype(float) * scale[:, None]
+    mean = weights["decoder.linear.bias"].astype(float) * scale + shift
+    return stats.multivariate_normal(mean, W @ W.T + np.diag(vae.noise_std_**2))
+
+
+def test_a_linear_model_reaches_probabilistic_pca_and_not_more_than_its_own_marginal():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(800, 2)) @ rng.normal(size=(2, 7)) * 2.0 + rng.normal(size=(800, 7)) + 5.0
+    vae = VAETransformer(2, hidden_layer_sizes=(), early_stopping=False, random_state=0).fit(X)
+    exact = _marginal(vae).logpdf(X)
+    assert vae.score(X) > PCA(2).fit(X).score(X) - 0.05
+    assert vae.set_params(n_mc=4096).score(X) <= exact.mean() + 1e-3
+    assert exact.mean() <= FactorAnalysis(2, tol=1e-8, max_iter=5000).fit(X).score(X) + 1e-3
+    np.testing.assert_allclose(vae.log_predictive(X[:50], 4096), exact[:50], atol=0.02)
+
+
+def test_the_bound_adds_up(fitted, iris):
+    scores = fitted.score_samples(iris)
+    terms = fitted.elbo_terms(iris)
+    assert fitted.elbo_ == pytest.approx(scores.sum() - fitted.kl_, rel=1e-9)
+    np.testing.assert_allclose(terms.reconstruction - terms.kl, scores, rtol=1e-12)
+    np.testing.assert_allclose(terms.energy + terms.entropy, scores, rtol=1e-12, atol=1e-12)
+    assert fitted.score(iris) == pytest.approx(scores.mean(), rel=1e-12)
+    assert fitted.kl_ == 0.0
+
+
+def test_the_importance_weighted_bound_is_tighter(fitted, fitted_binary, iris, binary):
+    for vae, X in ((fitted, iris), (fitted_binary, binary)):
+        assert vae.log_predictive(X, n_importance=500).mean() > vae.score(X)
+
+
+@pytest.mark.parametrize("factor", [2.0**40, 1e-3, 1e100])
+def test_scores_are_densities_in_the_units_of_x(fitted, iris, factor):
+    scaled = copy.deepcopy(fitted)
+    shift, scale = fitted._model.affine
+    affine = fitted._model.affine._replace(shift=shift * factor, scale=scale * factor)
+    scaled._model = fitted._model._replace(affine=affine)
+    expected = fitted.score_samples(iris) - iris.shape[1] * math.log(factor)
+    np.testing.assert_allclose(scaled.score_samples(iris * factor), expected, rtol=1e-9)
+
+
+def test_a_fit_of_scaled_data_scores_the_same_up_to_the_change_of_units(fitted, iris):
+    scaled = _fit(clone(fitted), iris * 2.0**40)
+    expected = fitted.score(iris) - iris.shape[1] * math.log(2.0**40)
+    assert scaled.score(iris * 2.0**40) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_predictive_density_integrates_to_one():
+    rng = np.random.default_rng(1)
+    angle = rng.uniform(0.0, np.pi, size=300)
+    X = 30.0 * np.c_[np.cos(angle), np.sin(angle)] + rng.normal(size=(300, 2)) * 3.0
+    vae = _fit(_short(n_components=1, max_iter=100), X)
+    axes = [np.linspace(low, high, 121) for low, high in ((-60, 60), (-30, 60))]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
+    cell = (axes[0][1] - axes[0][0]) * (axes[1][1] - axes[1][0])
+    mass = np.exp(vae.log_predictive(grid, n_importance=512)).sum() * cell
+    # The estimate is biased low far from the data, where the encoder was never trained.
+    assert mass == pytest.approx(1.0, abs=0.05)
+
+
+def test_histories_are_total_nats_on_the_scale_of_elbo(iris):
+    X = np.tile(iris, (8, 1)) + np.random.default_rng(0).normal(size=(1200, 4)) * 0.1
+    vae = _fit(_short(max_iter=30), X)
+    assert vae.n_iter_ == len(vae.elbo_history_) == len(vae.validation_elbo_history_) == 30
+    for history in (vae.elbo_history_, vae.validation_elbo_history_):
+        assert history[-1] == pytest.approx(vae.elbo_, abs=0.3 * len(X))
+    weighted = _fit(_short(max_iter=30), X, sample_weight=np.full(len(X), 5.0))
+    np.testing.assert_allclose(weighted.elbo_history_, 5.0 * np.array(vae.elbo_history_), rtol=1e-6)
+    assert weighted.elbo_ == pytest.approx(5.0 * vae.elbo_, rel=1e-6)
+
+
+# -- quality with defaults ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "n_components"), [("iris", 2), ("wine", 2), ("digits", 8)])
+def test_defaults_beat_factor_analysis_on_held_out_rows(name, n_components):
+    X = {"iris": load_iris, "wine": load_wine, "digits": load_digits}[name]().data
+    X = X[:, (X != 0).sum(axis=0) > 50]  # rarer pixels decide nothing but the noise of FA
+    X = X if name == "digits" else StandardScaler().fit_transform(X)
+    order = np.random.default_rng(0).permutation(len(X))
+    test, train = order[: len(X) // 5], order[len(X) // 5 :]
+    vae = VAETransformer(n_components, random_state=0).fit(X[train])
+    linear = FactorAnalysis(n_components, max_iter=2000).fit(X[train]).score(X[test])
+    assert vae.converged_
+    assert vae.active_units_.all()
+    gain = {"iris": 0.0, "wine": 0.0, "digits": 5.0}[name]
+    assert vae.score(X[test]) > linear + gain
+
+
+def test_the_budget_is_in_steps():
+    vae = VAETransformer()
+    assert vae._n_epochs(n_batches=2) == 1000
+    assert vae._n_epochs(n_batches=211) == 20
+    assert vae._n_epochs(n_batches=100_000) == 1
+    assert VAETransformer(max_iter=7)._n_epochs(n_batches=2) == 7
+
+
+# -- codes, rows and draws ------------------------------------------------------------------------
+
+
+def test_transform_is_the_posterior_mean_and_keeps_the_dtype(fitted, iris):
+    Z, std = fitted.transform(iris, return_std=True)
+    assert Z.shape == std.shape == (150, 2)
+    assert (std > 0).all()
+    assert (std < 1.5).all()
+    np.testing.assert_array_equal(fitted.transform(iris), Z)
+    single = fitted.transform(iris.astype(np.float32))
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(single, Z, atol=1e-3)
+    assert fitted.inverse_transform(single).dtype == np.float32
+    np.testing.assert_allclose(fitted.score(iris.astype(np.float32)), fitted.score(iris), atol=1e-2)
+
+
+def test_reconstruct_is_there_and_back(fitted, iris):
+    reconstructed = fitted.reconstruct(iris)
+    np.testing.assert_array_equal(reconstructed, fitted.inverse_transform(fitted.transform(iris)))
+    assert ((reconstructed - iris) ** 2).mean() < 0.2 * iris.var(axis=0).mean()
+
+
+def test_samples_carry_the_noise_of_the_likelihood(fitted, fitted_binary, iris):
+    X, Z = fitted.sample(20_000, random_state=1)
+    assert X.shape == (20_000, 4)
+    assert Z.shape == (20_000, 2)
+    residual = X - fitted.inverse_transform(Z)
+    np.testing.assert_allclose(residual.std(axis=0), fitted.noise_std_, rtol=0.05)
+    np.testing.assert_allclose(X.mean(axis=0), iris.mean(axis=0), atol=0.4)
+    np.testing.assert_array_equal(X, fitted.sample(20_000, random_state=1)[0])
+    binary_rows, _ = fitted_binary.sample(10)
+    assert set(np.unique(binary_rows)) <= {0.0, 1.0}
+    with pytest.raises(ValueError, match="n_samples"):
+        fitted.sample(0)
+
+
+def test_inverse_transform_checks_the_width_of_codes(fitted):
+    with pytest.raises(ValueError, match="n_components=2"):
+        fitted.inverse_transform(np.zeros((3, 5)))
+
+
+def test_a_bernoulli_model_speaks_of_probabilities(fitted_binary, binary):
+    assert fitted_binary.likelihood_ == "bernoulli"
+    assert not hasattr(fitted_binary, "noise_std_")
+    mean = fitted_binary.reconstruct(binary)
+    assert (mean >= 0).all()
+    assert (mean <= 1).all()
+    assert (fitted_binary.score_samples(binary) < 0).all()
+
+
+@pytest.mark.parametrize("method", ["fit", "transform", "score", "log_predictive"])
+def test_grey_values_under_a_bernoulli_likelihood_are_an_error_that_names_the_column(
+    method, binary, fitted_binary
+):
+    grey = binary.copy()
+    grey[17, 3] = 0.5
+    vae = _short(likelihood="bernoulli") if method == "fit" else fitted_binary
+    with pytest.raises(ValueError, match=r"Column 3 .* other than 0 and 1.*gaussian"):
+        getattr(vae, method)(grey)
+
+
+def test_auto_chooses_the_likelihood_by_the_values(binary):
+    assert _fit(_short(), binary).likelihood_ == "bernoulli"
+    assert _fit(_short(), binary * 2.0).likelihood_ == "gaussian"
+    assert _fit(_short(likelihood="gaussian"), binary).likelihood_ == "gaussian"
+
+
+# -- determinism, order and company ---------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bits_and_global_generators_are_untouched(iris):
+    np.random.seed(5)  # noqa: NPY002
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    torch_state = torch.get_rng_state()
+    first, second = _fit(_short(), iris), _fit(_short(), iris)
+    other = _fit(_short(random_state=1), iris)
+    for vae in (first, second):
+        vae.log_predictive(iris[:3], 10)
+        vae.sample(2)
+    assert first.elbo_ == second.elbo_
+    assert first.elbo_ != other.elbo_
+    for name, value in first._model.weights.items():
+        np.testing.assert_array_equal(value, second._model.weights[name])
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    after = np.random.get_state()  # noqa: NPY002
+    assert all(np.array_equal(a, b) for a, b in zip(numpy_state, after, strict=True))
+
+
+@pytest.mark.parametrize("method", ["transform", "score_samples", "log_predictive"])
+def test_a_row_is_read_alike_in_any_order_and_company(fitted, iris, method):
+    function = getattr(fitted, method)
+    whole = function(iris)
+    order = np.random.default_rng(0).permutation(150)
+    np.testing.assert_allclose(function(iris[order]), whole[order], rtol=1e-9, atol=1e-9)
+    alone = np.concatenate([function(iris[i : i + 1]) for i in range(0, 150, 30)])
+    np.testing.assert_allclose(alone, whole[::30], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(function(np.tile(iris, (5, 1)))[:150], whole, rtol=1e-9, atol=1e-9)
+
+
+def test_weights_of_zero_remove_rows_and_a_common_factor_changes_nothing(iris):
+    weight = np.ones(150)
+    weight[100:] = 0.0
+    some = _fit(_short(), iris, sample_weight=weight)
+    np.testing.assert_array_equal(some.transform(iris), _fit(_short(), iris[:100]).transform(iris))
+    np.testing.assert_allclose(
+        _fit(_short(), iris, sample_weight=8.0 * weight).transform(iris), some.transform(iris)
+    )
+    assert some.elbo_ == pytest.approx(weight @ some.score_samples(iris), rel=1e-9)
+    expected = some.score_samples(iris)[:100].mean()
+    assert some.score(iris, sample_weight=weight) == pytest.approx(expected, rel=1e-12)
+
+
+def test_fitted_state_is_numpy_and_survives_pickle_and_clone(fitted, iris):
+    again = pickle.loads(pickle.dumps(fitted))
+    np.testing.assert_array_equal(again.score_samples(iris), fitted.score_samples(iris))
+    np.testing.assert_array_equal(copy.deepcopy(fitted).transform(iris), fitted.transform(iris))
+    assert b"torch" not in pickle.dumps(fitted)
+    assert not hasattr(clone(fitted), "elbo_")
+
+
+# -- continuing -----------------------------------------------------------------------------------
+
+
+def test_partial_fit_makes_one_epoch_a_call_and_climbs(iris):
+    vae = _short()
+    with pytest.raises(NotFittedError):
+        vae.transform(iris)
+    for _ in range(30):
+        vae.partial_fit(iris)
+    assert vae.n_iter_ == len(vae.elbo_history_) == 30
+    assert vae.n_samples_seen_ == 30 * 150
+    assert np.mean(vae.elbo_history_[-5:]) > np.mean(vae.elbo_history_[:5])
+    vae.partial_fit(iris[:1])
+    with pytest.raises(ValueError, match="features"):
+        vae.partial_fit(iris[:, :3])
+
+
+def test_partial_fit_continues_exactly_through_a_pickle(iris):
+    straight, interrupted = _short(), _short()
+    for block in (iris[::2], iris[1::2], iris):
+        straight.partial_fit(block)
+        interrupted = pickle.loads(pickle.dumps(interrupted)).partial_fit(block)
+    assert straight.elbo_ == interrupted.elbo_
+    np.testing.assert_array_equal(straight.transform(iris), interrupted.transform(iris))
+
+
+def test_partial_fit_keeps_the_likelihood_of_the_first_block(binary):
+    vae = _short().partial_fit(binary)
+    with pytest.raises(ValueError, match="other than 0 and 1"):
+        vae.partial_fit(binary + 0.5)
+
+
+def test_warm_start_goes_on_from_where_it_was(iris):
+    vae = _fit(_short(warm_start=True, max_iter=100), iris)
+    before = vae.elbo_
+    _fit(vae, iris)
+    assert vae.elbo_ > before - 5.0
+    assert vae.elbo_history_[0] > _fit(_short(max_iter=1), iris).elbo_history_[0]
+    with pytest.raises(ValueError, match="warm_start=False"):
+        vae.set_params(n_components=3).fit(iris)
+
+
+# -- convergence ----------------------------------------------------------------------------------
+
+
+def test_an_explicit_max_iter_that_is_reached_warns(iris):
+    with pytest.warns(ConvergenceWarning, match="max_iter=3"):
+        vae = _short().fit(iris)
+    assert not vae.converged_
+
+
+def test_early_stopping_ends_the_fit_at_its_best_epoch(iris):
+    vae = _short(
+        max_iter=2000, early_stopping=True, n_iter_no_change=5, learning_rate_init=0.02
+    ).fit(iris)
+    assert vae.converged_
+    assert vae.n_iter_ < 2000
+    assert int(np.argmax(vae.validation_elbo_history_)) == vae.n_iter_ - 6
+
+
+def test_beta_presses_codes_to_the_prior(iris):
+    vae = _fit(_short(beta=100.0, max_iter=300, learning_rate_init=0.03), iris)
+    assert vae.elbo_terms(iris).kl.mean() < 0.05
+    assert not vae.active_units_.any()
+
+
+def test_features_on_the_noise_floor_are_named(iris):
+    X = np.c_[iris, iris[:, 2]]
+    vae = _short(n_components=4, max_iter=None)
+    with pytest.warns(ConvergenceWarning, match=r"\[2, 4\] is on its floor"):
+        vae.fit(X)
+    assert (vae.noise_std_ > vae.noise_floor_).all()
+
+
+def test_a_failed_or_interrupted_fit_leaves_the_estimator_as_it_was(fitted, iris, monkeypatch):
+    vae = copy.deepcopy(fitted)
+    before = vae.score(iris)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "descend", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        vae.fit(iris[:, :3])
+    assert vae.score(iris) == before
+    fresh = _short()
+    with pytest.raises(KeyboardInterrupt):
+        fresh.fit(iris)
+    with pytest.raises(NotFittedError):
+        fresh.transform(iris)
+
+
+def test_a_diverging_fit_is_an_error_and_leaves_no_attributes(iris):
+    vae = _short(learning_rate_init=1e30)
+    with pytest.raises(ValueError, match="learning_rate_init"):
+        vae.fit(iris)
+    assert not hasattr(vae, "elbo_")
+
+
+def test_a_learning_rate_a_hundred_times_too_large_stays_finite(iris):
+    vae = _fit(_short(learning_rate_init=0.3, max_iter=50), iris)
+    assert np.isfinite(vae.elbo_)
+    assert np.isfinite(vae.transform(iris)).all()
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+def _finite_or_value_error(X, **params):
+    """Fit; the answer is finite, or it is a ValueError."""
+    vae = _short(**params)
+    try:
+        _fit(vae, X)
+    except ValueError:
+        return None
+    for value in (vae.elbo_, *vae.elbo_history_, vae.transform(X), vae.log_predictive(X, 5)):
+        assert np.isfinite(value).all()
+    return vae
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-30, 1.0, 1e30, 1e150])
+def test_any_scale_of_float64(iris, scale):
+    vae = _finite_or_value_error(iris * scale)
+    expected = _fit(_short(), iris).score(iris) - 4 * math.log(scale)
+    assert vae.score(iris * scale) == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize(("offset", "dtype"), [(1e8, np.float64), (1e4, np.float32)])
+def test_large_offsets(iris, offset, dtype):
+    plain = _fit(_short(max_iter=30), iris)
+    vae = _finite_or_value_error((iris + offset).astype(dtype), max_iter=30)
+    assert vae.score((iris + offset).astype(dtype)) == pytest.approx(plain.score(iris), abs=0.1)
+
+
+def test_constant_columns_have_unit_variance_and_do_no_harm(iris):
+    X = np.c_[iris, np.full(150, 7.0)]
+    vae = _finite_or_value_error(X, max_iter=30)
+    assert vae.noise_std_[4] == pytest.approx(1.0, abs=1e-3)
+    reference = _fit(_short(max_iter=30), iris).score(iris)
+    assert vae.score(X) == pytest.approx(reference - 0.5 * math.log(2 * math.pi), abs=0.3)
+
+
+@pytest.mark.parametrize(
+    "X",
+    [
+        np.zeros((5, 3)),
+        np.ones((5, 3)) * 3.7,
+        np.repeat([[1.0, 2.0, 4.0]], 6, axis=0),
+        np.arange(12.0).reshape(6, 2)[:, [0, 0, 1]],
+        np.array([[1.0, 2.0], [3.0, 5.0]]),
+        np.arange(8.0).reshape(8, 1),
+    ],
+    ids=["zeros", "constant", "duplicates", "collinear", "two rows", "one column"],
+)
+def test_degenerate_data(X):
+    _finite_or_value_error(X)
+
+
+def test_one_row_is_an_error_that_says_so(iris):
+    with pytest.raises(ValueError, match="1 sample"):
+        _short().fit(iris[:1])
+    with pytest.raises(ValueError, match="1 sample"):
+        _short().fit(iris, sample_weight=np.eye(150)[0])
+
+
+@settings(max_examples=25)
+@given(
+    n=st.integers(2, 12),
+    d=st.integers(1, 4),
+    exponents=st.lists(st.floats(-150, 150), min_size=4, max_size=4),
+    weight_exponent=st.floats(-300, 100),
+    seed=st.integers(0, 2**16),
+)
+def test_extreme_columns_and_weights(n, d, exponents, weight_exponent, seed):
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(n, d)) * 10.0 ** np.array(exponents[:d])
+    weight = np.ones(n)
+    weight[0] = 10.0**weight_exponent
+    vae = _short(max_iter=1, n_components=3)
+    try:
+        _fit(vae, X, sample_weight=weight)
+    except ValueError as error:
+        message = str(error)
+        assert any(word in message for word in ("Column", "diverged", "bound"))
+        return
+    assert np.isfinite(vae.elbo_)
+
+
+def test_rows_out_of_reach_are_an_error(fitted, iris):
+    far = iris[:3].astype(np.float32)
+    far[1, 2] = 1e30
+    with pytest.raises(ValueError, match="Column 2"):
+        fitted.score_samples(far)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"hidden_layer_sizes": (0,)},
+        {"hidden_layer_sizes": (3.5,)},
+        {"validation_fraction": 0.999, "early_stopping": True},
+        {"device": "abacus"},
+        {"n_mc": 0},
+        {"activation": "identity"},
+    ],
+)
+def test_wrong_parameters_are_errors_that_name_them(iris, params):
+    with pytest.raises(ValueError, match=next(iter(params))):
+        _short(**params).fit(iris)
+    with pytest.raises(ValueError, match="n_importance"):
+        _fit(_short(), iris).log_predictive(iris, n_importance=0)
+
+
+# -- containers and composition -------------------------------------------------------------------
+
+
+def test_named_output(fitted, iris):
+    frame = pd.DataFrame(iris, columns=list("abcd"))
+    names = ["vaetransformer0", "vaetransformer1"]
+    vae = _fit(_short(), frame)
+    assert list(vae.get_feature_names_out()) == names
+    assert list(vae.feature_names_in_) == list("abcd")
+    Z = vae.transform(frame)
+    assert list(vae.set_output(transform="pandas").transform(frame).columns) == names
+    polars = vae.set_output(transform="polars").transform(frame)
+    assert isinstance(polars, pl.DataFrame)
+    np.testing.assert_array_equal(polars.to_numpy(), Z)
+    np.testing.assert_array_equal(vae.reconstruct(frame), vae.inverse_transform(Z))
+
+
+def test_pipeline_and_grid_search_rank_by_the_bound(iris):
+    y = load_iris().target
+    model = make_pipeline(StandardScaler(), _short(max_iter=100), LogisticRegression())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        assert model.fit(iris, y).score(iris, y) > 0.85
+        search = GridSearchCV(_short(max_iter=50), {"n_components": [1, 2]}, cv=2).fit(iris)
+    assert np.isfinite(search.best_score_)
+
+
+def test_verbose_prints_one_line_an_epoch(iris, capsys):
+    _fit(_short(verbose=2), iris)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("[VAETransformer] epoch 1: ELBO ")
+
+
+def test_every_device(device, iris, binary):
+    for X in (iris, binary):
+        vae = _fit(_short(device=device, max_iter=20, early_stopping=True), X)
+        assert vae.elbo_ == pytest.approx(vae.score_samples(X).sum(), rel=1e-9)
+        elsewhere = pickle.loads(pickle.dumps(vae)).set_params(device="cpu")
+        np.testing.assert_allclose(elsewhere.score_samples(X), vae.score_samples(X), rtol=1e-6)
+        np.testing.assert_allclose(elsewhere.transform(X), vae.transform(X), rtol=1e-6, atol=1e-9)
+        assert vae.sample(3)[0].shape == (3, X.shape[1])
+        vae.partial_fit(X)

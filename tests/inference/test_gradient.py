@@ -1,0 +1,192 @@
+"""The gradient loop on small losses whose answers are known."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from skvi.inference.gradient import Patience, Schedule, adam, descend, export_state
+from skvi.inference.monitor import Status
+from skvi.runtime.random import make_generator
+
+ENDLESS = Patience(10**6, 0.0)
+
+
+def _parameter(value=0.0):
+    return torch.tensor([value], dtype=torch.float32, requires_grad=True)
+
+
+def _least_squares(p, y):
+    def objective(batch):
+        loss = (p - y[batch]).square().mean()
+        return loss, -loss.detach()
+
+    return objective
+
+
+def _descend(objective, p, *, lr=0.1, n_rows=50, optimizer=None, seed=0, **options):
+    defaults = {
+        "batch_size": 16,
+        "n_epochs": 60,
+        "schedule": Schedule(0, anneal=True),
+        "patience": ENDLESS,
+    }
+    return descend(
+        objective,
+        [p],
+        adam([p], lr) if optimizer is None else optimizer,
+        torch.arange(n_rows),
+        generator=make_generator(seed),
+        **defaults | options,
+    )
+
+
+def test_it_finds_the_minimum_and_records_the_mean_bound_of_each_epoch():
+    y = torch.linspace(1.0, 3.0, 50)
+    p = _parameter()
+    result = _descend(_least_squares(p, y), p)
+    assert float(p.detach()) == pytest.approx(2.0, abs=0.01)
+    assert len(result.history) == 60
+    assert result.history[-1] == pytest.approx(-float(y.var(unbiased=False)), rel=0.02)
+    assert result.status is Status.MAX_ITER
+
+
+def test_an_epoch_visits_every_row_once_in_even_minibatches_in_a_new_order():
+    p = _parameter()
+    seen = []
+
+    def objective(batch):
+        seen.append(batch)
+        return p.square().sum(), torch.zeros(())
+
+    _descend(objective, p, n_rows=50, n_epochs=2)
+    assert [len(batch) for batch in seen] == [13, 13, 12, 12] * 2
+    first, second = torch.cat(seen[:4]), torch.cat(seen[4:])
+    assert torch.equal(first.sort().values, torch.arange(50))
+    assert torch.equal(second.sort().values, torch.arange(50))
+    assert not torch.equal(first, second)
+
+
+def test_the_same_generator_gives_the_same_bits_and_the_global_one_is_untouched():
+    y = torch.linspace(1.0, 3.0, 50)
+    state = torch.get_rng_state()
+    ends = []
+    for _ in range(2):
+        p = _parameter()
+        _descend(_least_squares(p, y), p, n_epochs=3)
+        ends.append(float(p.detach()))
+    assert ends[0] == ends[1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_best_validated_parameters_are_restored_and_patience_ends_the_run():
+    y = torch.full((50,), 10.0)
+    p = _parameter()
+    # Held-out rows would have p at 1: training goes on to 10.
+    result = _descend(
+        _least_squares(p, y),
+        p,
+        lr=0.01,
+        n_epochs=500,
+        schedule=Schedule(0, anneal=False),
+        patience=Patience(5, 0.0),
+        validate=lambda: -(p - 1.0).square().sum(),
+    )
+    best = max(range(len(result.validation_history)), key=result.validation_history.__getitem__)
+    assert result.status is Status.CONVERGED
+    assert len(result.validation_history) == best + 6
+    assert float(p.detach()) == pytest.approx(1.0, abs=0.05)
+    assert -((float(p.detach()) - 1.0) ** 2) == pytest.approx(
+        result.validation_history[best], abs=1e-6
+    )
+
+
+def test_without_validation_a_flat_end_is_convergence():
+    y = torch.full((50,), 2.0)
+    p = _parameter()
+    settled = _descend(_least_squares(p, y), p, n_epochs=100, patience=Patience(10, 1e-3))
+    assert settled.status is Status.CONVERGED
+    assert len(settled.history) == 100
+    p = _parameter()
+    rising = _descend(_least_squares(p, y), p, lr=1e-3, n_epochs=30, patience=Patience(10, 1e-3))
+    assert rising.status is Status.MAX_ITER
+
+
+def test_a_non_finite_loss_restores_the_last_good_state_and_halves_the_step():
+    p = _parameter(1.0)
+    rates = []
+    optimizer = adam([p], 1.0)
+
+    def objective(batch):
+        rates.append(optimizer.param_groups[0]["lr"])
+        # log of a negative number is NaN: a step of 1 leaves the domain
+        loss = torch.log(p).sum()
+        return loss, -loss.detach()
+
+    result = _descend(
+        objective,
+        p,
+        optimizer=optimizer,
+        n_rows=4,
+        n_epochs=3,
+        schedule=Schedule(0, anneal=False),
+    )
+    assert result.status is not Status.NON_FINITE
+    assert len(result.history) == 3
+    assert rates[0] == 1.0
+    assert rates[-1] <= 0.5
+    assert math.isfinite(float(p.detach()))
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_a_loss_that_stays_non_finite_is_a_status_and_leaves_good_parameters():
+    p = _parameter(1.0)
+
+    def objective(batch):
+        loss = (p * math.nan).sum()
+        return loss, -loss.detach()
+
+    result = _descend(objective, p)
+    assert result.status is Status.NON_FINITE
+    assert result.history == []
+    assert float(p.detach()) == 1.0
+
+
+def test_an_update_that_spoils_the_parameters_is_seen_although_its_loss_was_finite():
+    p = _parameter(1.0)
+
+    def objective(batch):
+        # finite value, infinite gradient
+        loss = (p - 1.0).abs().sqrt().sum()
+        return loss, -loss.detach()
+
+    result = _descend(objective, p, n_rows=4, n_epochs=1)
+    assert result.status is Status.NON_FINITE
+    assert float(p.detach()) == 1.0
+
+
+def test_an_exported_optimiser_continues_exactly():
+    y = torch.linspace(1.0, 3.0, 50)
+    constant = {"schedule": Schedule(0, anneal=False), "n_epochs": 1}
+    p = _parameter()
+    optimizer = adam([p], 0.1)
+    for seed in (1, 2):
+        _descend(_least_squares(p, y), p, optimizer=optimizer, seed=seed, **constant)
+
+    q = _parameter()
+    first = adam([q], 0.1)
+    _descend(_least_squares(q, y), q, optimizer=first, seed=1, **constant)
+    second = adam([q], 0.1, export_state(first))
+    _descend(_least_squares(q, y), q, optimizer=second, seed=2, **constant)
+    assert torch.equal(p, q)
+
+
+def test_the_schedule_warms_up_and_anneals_to_zero():
+    schedule = Schedule(9, anneal=True)
+    factors = [schedule.factor(step, 1000) for step in range(1000)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == pytest.approx(1.0, abs=1e-3)
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
+    assert factors[-1] < 1e-5
+    assert Schedule(0, anneal=False).factor(999, 1000) == 1.0

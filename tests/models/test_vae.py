@@ -1,0 +1,323 @@
+"""The VAE's bound against exact answers: linear-Gaussian marginals, quadrature, enumeration."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.decomposition import FactorAnalysis
+
+from skvi.distributions import normal
+from skvi.models.vae import objective
+from skvi.models.vae.networks import (
+    Architecture,
+    bounded_log_var,
+    build,
+    export,
+    restore,
+    unbounded_log_var,
+)
+from skvi.models.vae.start import factor_analysis, initialise
+from skvi.runtime.random import make_generator
+
+# A two-sided normal deviate beyond 5 has probability 6e-7: the false-positive rate per check.
+Z_LIMIT = 5.0
+CPU = torch.device("cpu")
+
+
+def _model(n_features, n_components, hidden=(), likelihood="gaussian", seed=0, scale=0.4):
+    """A network with random weights, in float64."""
+    architecture = Architecture(n_features, n_components, hidden, "tanh", likelihood)
+    model = build(architecture, CPU, torch.float64)
+    generator = make_generator(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, scale, generator=generator)
+        model.input_scale.fill_(1.0)
+        # Posteriors a little wider than the prior: importance weights then have finite variance.
+        for layer in (model.encoder.linear, model.encoder.correction):
+            if layer is not None:
+                layer.weight[n_components:] *= 0.1
+        model.encoder.linear.bias[n_components:] = unbounded_log_var(torch.tensor(0.5))
+        if likelihood == "gaussian":
+            model.likelihood.log_floor.fill_(math.log(1e-3))
+    return model.requires_grad_(False)
+
+
+def _noise(n_draws, n_components, seed=0):
+    return objective.shared_noise(n_draws, n_components, seed)
+
+
+def _bound(model, x, noise):
+    terms = objective.elbo_terms(model, x, noise)
+    return terms.reconstruction - terms.kl
+
+
+def _with_exact_posterior(model):
+    """Replace a linear model's encoder by the exact posterior, rotated to be diagonal."""
+    W, noise = model.decoder.linear.weight, model.likelihood.log_var().exp()
+    precision, rotation = torch.linalg.eigh(W.T @ (W / noise[:, None]))
+    W = W @ rotation
+    gain = (W / noise[:, None]).T / (1.0 + precision)[:, None]
+    k = W.shape[1]
+    model.decoder.linear.weight.copy_(W)
+    model.encoder.linear.weight.zero_()
+    model.encoder.linear.weight[:k] = gain
+    model.encoder.linear.bias[:k] = -gain @ model.decoder.linear.bias
+    model.encoder.linear.bias[k:] = unbounded_log_var(-torch.log1p(precision))
+    return model
+
+
+def _exact_log_marginal(model, x):
+    """``log N(x | b, W W' + Psi)`` of a linear decoder."""
+    W = model.decoder.linear.weight.numpy()
+    noise = model.likelihood.log_var().exp().numpy()
+    law = stats.multivariate_normal(model.decoder.linear.bias.numpy(), W @ W.T + np.diag(noise))
+    return torch.from_numpy(law.logpdf(x.numpy()))
+
+
+def _x(rng, n, d):
+    return torch.from_numpy(rng.normal(size=(n, d)))
+
+
+def test_a_linear_decoder_with_its_exact_posterior_attains_the_marginal_likelihood(rng):
+    model = _with_exact_posterior(_model(5, 2))
+    x = _x(rng, 30, 5)
+    exact = _exact_log_marginal(model, x)
+    assert torch.allclose(_bound(model, x, _noise(1 << 14, 2)), exact, atol=2e-3)
+    # every importance weight is p(x) itself, whatever the draw
+    assert torch.allclose(objective.log_predictive(model, x, _noise(3, 2), 2), exact, atol=1e-9)
+
+
+def test_any_encoder_stays_below_the_marginal_likelihood_and_importance_weights_close_the_gap(rng):
+    model = _model(5, 2)
+    x = _x(rng, 30, 5)
+    exact = _exact_log_marginal(model, x)
+    bound = _bound(model, x, _noise(4096, 2))
+    tighter = objective.log_predictive(model, x, _noise(1 << 16, 2), 4096)
+    assert (bound < exact).all()
+    assert torch.allclose(tighter, exact, atol=0.02)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_the_gap_is_the_divergence_to_the_true_posterior_by_quadrature(likelihood, rng):
+    model = _model(3, 1, hidden=(4,), likelihood=likelihood, scale=0.8)
+    x = _x(rng, 6, 3)
+    x = (x > 0).double() if likelihood == "bernoulli" else x
+    z = torch.linspace(-12.0, 12.0, 40_001, dtype=torch.float64)  # (G,)
+    step = float(z[1] - z[0])
+    log_joint = model.likelihood.log_prob(x[:, None, :], model.decoder(z[:, None]))  # (N, G)
+    log_joint = log_joint + normal.log_density(z, torch.zeros(()), torch.zeros(()))
+    log_p = log_joint.logsumexp(-1) + math.log(step)
+    mean, log_var = model.posterior(x)
+    log_q = normal.log_density(z, mean, log_var)  # (N, G)
+    kl_to_posterior = (log_q.exp() * (log_q - log_joint + log_p[:, None])).sum(-1) * step
+
+    bound = _bound(model, x, _noise(1 << 15, 1))
+    assert (kl_to_posterior > 0).all()
+    assert torch.allclose(bound + kl_to_posterior, log_p, atol=1e-3)
+    assert torch.allclose(
+        objective.log_predictive(model, x, _noise(1 << 15, 1), 1 << 12), log_p, atol=2e-3
+    )
+
+
+def test_decoding_the_mean_only_is_caught_as_a_bound_that_is_too_high(rng):
+    """The planted bug: without posterior draws the 'bound' exceeds the marginal likelihood."""
+    model = _with_exact_posterior(_model(5, 2))
+    x = _x(rng, 30, 5)
+    decoded_mean = _bound(model, x, torch.zeros(1, 2, dtype=torch.float64))
+    assert (decoded_mean > _exact_log_marginal(model, x) + 0.1).all()
+
+
+def test_both_readings_of_the_bound_agree(rng):
+    model = _model(4, 3, hidden=(5,))
+    terms = objective.elbo_terms(model, _x(rng, 20, 4), _noise(8, 3))
+    assert torch.allclose(
+        terms.energy + terms.entropy, terms.reconstruction - terms.kl, rtol=1e-12, atol=1e-12
+    )
+    assert (terms.kl >= 0).all()
+
+
+def test_the_terms_are_the_expectations_of_torchs_densities(rng):
+    model = _model(4, 2, hidden=(5,))
+    x = _x(rng, 5, 4)
+    mean, log_var = model.posterior(x)
+    q = torch.distributions.Normal(mean, (0.5 * log_var).exp())
+    prior = torch.distributions.Normal(torch.zeros(2).double(), torch.ones(2).double())
+    n_draws = 50_000
+    eps = torch.empty(n_draws, 5, 2, dtype=torch.float64).normal_(generator=make_generator(3))
+    z = mean + (0.5 * log_var).exp() * eps
+    p = torch.distributions.Normal(model.decoder(z), (0.5 * model.likelihood.log_var()).exp())
+    log_joint = p.log_prob(x).sum(-1) + prior.log_prob(z).sum(-1)
+    draws = {
+        "energy": log_joint,
+        "entropy": -q.log_prob(z).sum(-1),
+        "kl": (q.log_prob(z) - prior.log_prob(z)).sum(-1),
+    }
+    terms = objective.elbo_terms(model, x, _noise(1 << 15, 2))
+    for name, values in draws.items():
+        error = values.std(0) / math.sqrt(n_draws)
+        assert ((values.mean(0) - getattr(terms, name)).abs() < Z_LIMIT * error + 1e-3).all()
+
+
+def test_the_shared_draws_are_unbiased_over_seeds(rng):
+    model = _model(4, 2, hidden=(5,))
+    x = _x(rng, 5, 4)
+    exact = _bound(model, x, _noise(1 << 15, 2, seed=99))
+    estimates = torch.stack([_bound(model, x, _noise(8, 2, seed)) for seed in range(300)])
+    error = estimates.std(0) / math.sqrt(len(estimates))
+    assert ((estimates.mean(0) - exact).abs() < Z_LIMIT * error + 1e-3).all()
+
+
+def test_the_importance_weighted_bound_rises_with_the_number_of_draws(rng):
+    model = _model(6, 2, hidden=(5,), scale=0.7)
+    x = _x(rng, 200, 6)
+    generator = make_generator(4)
+
+    def estimate(k):
+        draws = []
+        for _ in range(40):
+            noise = torch.empty(k, 2, dtype=torch.float64).normal_(generator=generator)
+            draws.append(objective.log_predictive(model, x, noise, 64).mean())
+        draws = torch.stack(draws)
+        return float(draws.mean()), float(draws.std() / math.sqrt(len(draws)))
+
+    levels = [estimate(k) for k in (1, 4, 16, 64)]
+    for (low, low_error), (high, high_error) in itertools.pairwise(levels):
+        assert high - low > Z_LIMIT * math.hypot(low_error, high_error)
+
+
+def test_blocks_of_draws_do_not_change_the_importance_weighted_bound(rng):
+    model = _model(4, 2, hidden=(5,))
+    x, noise = _x(rng, 7, 4), _noise(50, 2)
+    whole = objective.log_predictive(model, x, noise, 50)
+    assert torch.allclose(objective.log_predictive(model, x, noise, 7), whole, rtol=1e-13)
+
+
+def test_the_gaussian_predictive_density_integrates_to_one():
+    model = _model(1, 1, hidden=(4,), scale=0.8)
+    grid = torch.linspace(-30.0, 30.0, 6001, dtype=torch.float64)[:, None]
+    density = objective.log_predictive(model, grid, _noise(4096, 1), 256).exp()
+    # a biased-low estimate of every point; 4096 draws leave less than 1%
+    assert float(density.sum() * (grid[1] - grid[0])) == pytest.approx(1.0, abs=0.01)
+
+
+def test_the_bernoulli_predictive_sums_to_one():
+    model = _model(4, 1, hidden=(4,), likelihood="bernoulli", scale=0.8)
+    x = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)), dtype=torch.float64)
+    total = objective.log_predictive(model, x, _noise(4096, 1), 512).exp().sum()
+    assert float(total) == pytest.approx(1.0, abs=0.005)
+
+
+def test_likelihoods_equal_torchs(rng):
+    x, output = _x(rng, 5, 3), _x(rng, 5, 3)
+    gaussian = _model(3, 1).likelihood
+    law = torch.distributions.Normal(output, (0.5 * gaussian.log_var()).exp())
+    assert torch.allclose(gaussian.log_prob(x, output), law.log_prob(x).sum(-1), rtol=1e-12)
+    binary = (x > 0).double()
+    bernoulli = _model(3, 1, likelihood="bernoulli").likelihood
+    law = torch.distributions.Bernoulli(logits=output)
+    assert torch.allclose(bernoulli.log_prob(binary, output), law.log_prob(binary).sum(-1))
+    assert torch.equal(bernoulli.mean(output), law.mean)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_draws_of_a_likelihood_have_its_moments(likelihood):
+    model = _model(2, 1, likelihood=likelihood).likelihood
+    output = torch.tensor([[0.3, -1.2]], dtype=torch.float64).expand(40_000, 2)
+    draws = model.sample(output, make_generator(1))
+    error = draws.std(0) / math.sqrt(len(draws))
+    assert ((draws.mean(0) - model.mean(output)[0]).abs() < Z_LIMIT * error).all()
+    if likelihood == "gaussian":
+        assert torch.allclose(draws.var(0).log(), model.log_var(), atol=0.05)
+    else:
+        assert set(draws.unique().tolist()) == {0.0, 1.0}
+
+
+def test_weights_count_as_repeated_rows_in_the_loss(rng):
+    model = _model(3, 2, hidden=(4,))
+    x, noise = _x(rng, 4, 3), _x(rng, 4, 2)
+    counts = torch.tensor([1, 3, 2, 4])
+    weight = counts.double()
+    options = {"beta": 0.7, "n_rows": 10}
+    weighted = objective.training_loss(model, x, weight / weight.mean(), noise, **options)
+    repeated = objective.training_loss(
+        model,
+        x.repeat_interleave(counts, 0),
+        torch.ones(10, dtype=torch.float64),
+        noise.repeat_interleave(counts, 0),
+        **options,
+    )
+    for a, b in zip(weighted, repeated, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12)
+
+
+def test_the_loss_is_the_negative_bound_plus_the_prior_of_the_curvature(rng):
+    model = _model(3, 2, hidden=(4,))
+    x, eps = _x(rng, 6, 3), _x(rng, 6, 2)
+    loss, bound = objective.training_loss(
+        model, x, torch.ones(6, dtype=torch.float64), eps, beta=1.0, n_rows=50
+    )
+    terms = objective.elbo_terms(model, x, eps[None])
+    assert torch.allclose(bound, (terms.reconstruction - terms.kl).mean(), rtol=1e-12)
+    curvature = sum(float(w.square().sum()) for w in model.curvature_weights())
+    penalty = 0.5 * objective.WEIGHT_PRECISION / 50 * curvature
+    assert float(loss + bound) == pytest.approx(penalty, rel=1e-9)
+
+
+def test_shared_noise_is_antithetic_seeded_and_private():
+    state = torch.get_rng_state()
+    noise = objective.shared_noise(33, 3, 5)
+    assert noise.shape == (33, 3)
+    assert torch.equal(noise[:16], -noise[17:])
+    assert torch.equal(noise, objective.shared_noise(33, 3, 5))
+    assert not torch.equal(noise, objective.shared_noise(33, 3, 6))
+    assert torch.equal(torch.get_rng_state(), state)
+    many = objective.shared_noise(1 << 14, 3, 5)
+    assert torch.allclose(many.T @ many / len(many), torch.eye(3).double(), atol=0.01)
+
+
+def test_log_variances_of_the_posterior_are_bounded_and_invertible():
+    raw = torch.tensor([-1e6, -9.0, -3.0, 0.0, 1e6], dtype=torch.float64)
+    bounded = bounded_log_var(raw)
+    assert float(bounded.min()) >= -21.0
+    assert float(bounded.max()) <= 3.0
+    assert torch.allclose(unbounded_log_var(bounded[1:4]), raw[1:4])
+
+
+def test_the_start_is_scikit_learns_factor_analysis(rng):
+    latent = rng.normal(size=(400, 2)) @ rng.normal(size=(2, 6))
+    X = latent + rng.normal(size=(400, 6)) * rng.uniform(0.3, 1.0, size=6)
+    X = X - X.mean(0)
+    start = factor_analysis(torch.from_numpy(X) / math.sqrt(400), 2, make_generator(0))
+    cov = (start.loadings @ start.loadings.T + torch.diag(start.noise)).numpy()
+    ours = stats.multivariate_normal(np.zeros(6), cov).logpdf(X).mean()
+    theirs = FactorAnalysis(2, tol=1e-8, max_iter=5000, svd_method="lapack").fit(X).score(X)
+    assert ours == pytest.approx(theirs, abs=2e-3)
+    # the posterior is diagonal, and the encoder is its mean
+    precision = torch.eye(2) + start.loadings.T @ (start.loadings / start.noise[:, None])
+    assert torch.allclose(precision, torch.diag((-start.log_var).exp()), atol=1e-8)
+    gain = torch.linalg.solve(precision, (start.loadings / start.noise[:, None]).T)
+    assert torch.allclose(start.encoder, gain, atol=1e-10)
+
+
+@pytest.mark.parametrize(("n_rows", "n_features", "n_components"), [(3, 8, 2), (50, 2, 5)])
+def test_the_start_survives_few_rows_and_many_components(n_rows, n_features, n_components, rng):
+    model = build(
+        Architecture(n_features, n_components, (4,), "relu", "gaussian"), CPU, torch.float32
+    )
+    x = _x(rng, n_rows, n_features).float()
+    floor = torch.full((n_features,), 1e-4, dtype=torch.float64)
+    initialise(model, x, torch.ones(n_rows), floor, make_generator(0))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_weights_survive_the_way_to_numpy_and_back(rng):
+    model = _model(3, 2, hidden=(4, 5))
+    again = restore(
+        Architecture(3, 2, (4, 5), "tanh", "gaussian"), export(model), CPU, torch.float64
+    )
+    x = _x(rng, 4, 3)
+    assert torch.equal(_bound(model, x, _noise(4, 2)), _bound(again, x, _noise(4, 2)))

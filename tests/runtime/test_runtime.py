@@ -1,0 +1,135 @@
+"""Devices, generators, row blocks and moments."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from skvi.runtime import blocks
+from skvi.runtime.blocks import Affine, Rows, power_of_two, row_slices
+from skvi.runtime.device import resolve_device
+from skvi.runtime.linalg import inv_chol, log_det_from_chol
+from skvi.runtime.moments import weighted_moments
+from skvi.runtime.random import draw_seed, make_generator, make_rng
+
+CPU = torch.device("cpu")
+
+
+class TestDevice:
+    def test_auto_follows_a_tensor_then_the_machine(self):
+        assert resolve_device("auto", torch.zeros(1)) == CPU
+        expected = "cuda" if torch.cuda.is_available() else "cpu"
+        assert resolve_device("auto", np.zeros(1)).type == expected
+
+    def test_explicit_devices(self):
+        assert resolve_device("cpu") == CPU
+        assert resolve_device(CPU) == CPU
+
+    @pytest.mark.parametrize(
+        ("device", "match"),
+        [("tpu-9000", "not a device"), ("meta", "not supported"), ("cuda:99", "was asked for")],
+    )
+    def test_impossible_devices_are_errors(self, device, match):
+        with pytest.raises(ValueError, match=match):
+            resolve_device(device)
+
+
+class TestRandom:
+    def test_seeds(self):
+        assert draw_seed(7) == 7
+        assert draw_seed(np.int64(7)) == 7
+        assert draw_seed(None) != draw_seed(None)
+        legacy = np.random.RandomState(0)
+        assert draw_seed(legacy) != draw_seed(legacy)
+        assert draw_seed(np.random.RandomState(0)) == draw_seed(np.random.RandomState(0))
+        assert draw_seed(np.random.default_rng(0)) == draw_seed(np.random.default_rng(0))
+
+    @pytest.mark.parametrize("bad", [-1, 2**32, 1.5, "0"])
+    def test_bad_seeds(self, bad):
+        with pytest.raises(ValueError, match="random_state"):
+            draw_seed(bad)
+
+    def test_generators_are_private_and_reproducible(self):
+        state = torch.get_rng_state()
+        first = torch.rand(3, generator=make_generator(1))
+        assert torch.equal(first, torch.rand(3, generator=make_generator(1)))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert make_rng(1).random() == make_rng(1).random()
+
+
+class TestBlocks:
+    @given(st.integers(1, 500), st.integers(1, 90))
+    def test_slices_cover_the_rows_in_order(self, n_rows, step):
+        covered = np.concatenate([np.arange(n_rows)[rows] for rows in row_slices(n_rows, step)])
+        assert_array_equal(covered, np.arange(n_rows))
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_rows_convert_shift_and_scale_without_touching_the_input(self, dtype, device, rng):
+        X = np.asfortranarray(rng.normal(size=(300, 4)).astype(dtype) + dtype(1e4))
+        before = X.copy()
+        X.flags.writeable = False
+        affine = Affine(X.mean(0, dtype=float), X.std(0, dtype=float))
+        weight = rng.uniform(size=300)
+        rows = Rows(X, affine, torch.device(device), weight)
+        expected = (X.astype(float) - affine.shift) / affine.scale
+        seen = list(rows.blocks(1 << 20))
+        assert len(seen) > 1 or device == "cuda"
+        assert_array_equal(torch.cat([x for _, x, _ in seen]).cpu(), expected)
+        assert_array_equal(torch.cat([w for *_, w in seen]).cpu(), weight)
+        picked = np.array([5, 299, 5])
+        assert_array_equal(rows[picked][0].cpu(), expected[picked])
+        assert_array_equal(X, before)
+
+    def test_blocks_grow_with_the_budget(self, monkeypatch):
+        small = blocks.block_rows(1000, CPU)
+        monkeypatch.setitem(blocks._WORKSPACE_BYTES, "cpu", 1 << 26)
+        assert blocks.block_rows(1000, CPU) > small
+
+    def test_affine_log_determinant(self):
+        assert Affine(np.zeros(2), np.array([2.0, 8.0])).log_abs_det == pytest.approx(np.log(16.0))
+
+    @given(st.floats(1e-300, 1e300))
+    def test_powers_of_two(self, scale):
+        power = float(power_of_two(np.array([scale]))[0])
+        assert np.frexp(power)[0] == 0.5
+        assert 0.5 <= scale / power <= 1.0
+        assert power_of_two(np.array([0.0]))[0] == 1.0
+
+
+class TestMoments:
+    @given(
+        st.integers(0, 2**16),
+        st.sampled_from([1e-150, 1e-8, 1.0, 1e8, 1e150]),
+        st.sampled_from([0.0, 1.0, 1e6]),
+    )
+    def test_equal_the_textbook_at_any_scale_and_offset(self, seed, scale, offset):
+        rng = np.random.default_rng(seed)
+        base, weight = rng.normal(size=(50, 3)), rng.uniform(size=50)
+        mean, std = weighted_moments((base + offset) * scale, weight)
+        expected = np.average(base, axis=0, weights=weight)
+        spread = np.sqrt(np.average((base - expected) ** 2, axis=0, weights=weight))
+        assert_allclose(mean / scale, expected + offset, rtol=1e-12, atol=1e-14)
+        assert_allclose(std / scale, spread, rtol=1e-9)
+
+    def test_constant_columns_have_no_spread(self):
+        X = np.full((7, 2), 0.1)
+        mean, std = weighted_moments(X, np.array([0.3, 1.7, 1.0, 0.1, 2.0, 9.0, 1e-9]))
+        assert_array_equal(mean, [0.1, 0.1])
+        assert_array_equal(std, [0.0, 0.0])
+
+    def test_blocks_do_not_matter(self, monkeypatch, rng):
+        X, weight = rng.normal(size=(1000, 2)), rng.uniform(size=1000)
+        whole = weighted_moments(X, weight)
+        monkeypatch.setattr("skvi.runtime.moments._BLOCK_FLOATS", 200)
+        assert_allclose(weighted_moments(X, weight), whole, rtol=1e-12)
+
+
+def test_cholesky_helpers(rng):
+    root = rng.normal(size=(2, 4, 6))
+    A = torch.from_numpy(root @ np.swapaxes(root, 1, 2))
+    chol = torch.linalg.cholesky(A)
+    assert_allclose(log_det_from_chol(chol), torch.linalg.slogdet(A)[1], rtol=1e-12)
+    eye = torch.eye(4, dtype=torch.float64).expand(2, 4, 4)
+    assert_allclose(inv_chol(chol) @ chol, eye, atol=1e-12)
