@@ -16,7 +16,7 @@ demo: $(BIN)/.installed
 	$(BIN)/python docs/examples/plot_quickstart.py
 
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -5,7 +5,9 @@ every constant: ``score(X)`` is the mean over rows of a lower bound on ``log p(x
 """
 
 from skvi.estimators.gmm import VariationalGMM
+from skvi.estimators.linear import BayesianLinearVI
+from skvi.estimators.vae import VAETransformer
 
-__all__ = ["VariationalGMM", "__version__"]
+__all__ = ["BayesianLinearVI", "VAETransformer", "VariationalGMM", "__version__"]
 
 __version__ = "0.1.0"

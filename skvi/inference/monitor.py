@@ -52,3 +52,12 @@ class Monitor:
         n_iter = len(self.history)
         if self.verbose >= 2 or (self.verbose == 1 and (last or n_iter % 10 == 0)):
             print(f"[{self.name}] pass {n_iter}: ELBO {bound / self.scale:.6f} nats per row")
+
+
+def announce_epoch(
+    name: str, epoch: int, bound: float, validation: float | None, *, verbose: int
+) -> None:
+    """Print the bounds of an epoch, in nats per row: every tenth with verbose=1, all with 2."""
+    if verbose >= 2 or (verbose == 1 and epoch % 10 == 0):
+        held_out = "" if validation is None else f", validation {validation:.6f}"
+        print(f"[{name}] epoch {epoch}: ELBO {bound:.6f}{held_out} nats per row")

@@ -43,6 +43,7 @@ def _model(n_features, n_components, hidden=(), likelihood="gaussian", seed=0, s
         model.encoder.linear.bias[n_components:] = unbounded_log_var(torch.tensor(0.5))
         if likelihood == "gaussian":
             model.likelihood.log_floor.fill_(math.log(1e-3))
+            model.likelihood.rho *= 0.1
     return model.requires_grad_(False)
 
 

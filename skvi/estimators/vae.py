@@ -1,0 +1,894 @@
+"""Variational autoencoder as a scikit-learn transformer and density estimator."""
+
+import math
+import warnings
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+import torch
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.validation import check_array, check_is_fitted
+from torch import Tensor
+
+from skvi.estimators._base import VariationalEstimator, to_host, to_numpy, weighted_mean
+from skvi.estimators._compat import Interval, StrOptions, fit_context
+from skvi.inference.gradient import Descent, Patience, Schedule, adam, descend, export_state
+from skvi.inference.monitor import Status, announce_epoch
+from skvi.models.terms import ElboTerms
+from skvi.models.vae import objective, start
+from skvi.models.vae.likelihoods import Gaussian
+from skvi.models.vae.networks import ACTIVATIONS, VAE, Architecture, build, export, restore
+from skvi.runtime.blocks import Affine, Rows, block_rows
+from skvi.runtime.device import resolve_device
+from skvi.runtime.moments import weighted_moments
+from skvi.runtime.random import draw_seed, make_generator
+
+# The budget of max_iter=None: at least so many optimiser steps, at least so many epochs, but the
+# epochs end where this many steps are spent.
+_MIN_STEPS, _MIN_EPOCHS, _MAX_STEPS = 2000, 20, 20_000
+# early_stopping="auto" holds rows out from this many rows on; below, the few held-out rows would
+# choose the epoch by chance.
+_MIN_ROWS_TO_HOLD_OUT = 1000
+_VALIDATION_DRAWS = 8
+# A Gaussian's noise is at least the range of its feature over this. Ranges, not standard
+# deviations: a feature that is zero in all rows but few has a tiny one, and a network that learns
+# those rows by heart would call every other value impossible.
+_RANGE_PER_NOISE_STD = 300.0
+_WARMUP_STEPS = 20
+# Without held-out rows: training has settled when a window gains less, in nats per row.
+_TRAINING_TOL = 0.01
+# A floor above this (a tenth of the variance) tells of a constant or almost constant feature, not
+# of a network that explains too much.
+_ORDINARY_LOG_FLOOR = math.log(0.1)
+# Rows further out than this, in units of the spread, have squares outside the dtype's range.
+_REACH = {torch.float32: 1e12, torch.float64: 1e100}
+
+
+class _Model(NamedTuple):
+    """What a fit found: NumPy arrays and plain numbers only."""
+
+    architecture: Architecture
+    affine: Affine
+    weights: dict[str, np.ndarray]
+    optimizer: list[dict[str, np.ndarray]]
+    seed: int
+    n_epochs: int  # made so far, over all calls: seeds the draws of the next one
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> VAE:
+        """Return the network in evaluation precision."""
+        return restore(self.architecture, self.weights, device, dtype)
+
+    def noise(self, n_draws: int, like: Tensor) -> Tensor:
+        """Return the draws that all rows of all calls share, shape (S, k)."""
+        block = objective.shared_noise(n_draws, self.architecture.n_components, self.seed)
+        return block.to(like)
+
+
+class VAETransformer(
+    ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, VariationalEstimator
+):
+    r"""Variational autoencoder: a non-linear factor model with an amortised posterior.
+
+    The model, for rows :math:`x_n \in R^D` and codes :math:`z_n \in R^k`:
+
+    .. math::
+        z_n \sim N(0, I), \quad x_n | z_n \sim p(x | f(z_n)), \quad
+        q(z_n | x_n) = N(\mu(x_n), \mathrm{diag}\, \sigma^2(x_n)).
+
+    The decoder f and the encoder :math:`(\mu, \log\sigma^2)` are each a linear map plus a
+    multilayer perceptron. Training starts at factor analysis, the best model without the
+    perceptrons, and climbs the bound on :math:`\log p(X)` by Adam with reparameterised gradients
+    (Kingma & Welling 2014; Rezende et al. 2014). The weights that bend the networks have a
+    normal prior of precision 20 (in fitted units), which holds for a hundred rows and fades for
+    many; it enters no reported number.
+
+    Parameters
+    ----------
+    n_components : int, default=2
+        Length k of the code.
+    hidden_layer_sizes : int or array-like of int, default=(256,)
+        Hidden layers of the encoder; the decoder mirrors them. ``()``: both are linear, and the
+        model is factor analysis.
+    activation : {"logistic", "relu", "silu", "tanh"}, default="silu"
+        Of the hidden layers.
+    likelihood : {"auto", "gaussian", "bernoulli"}, default="auto"
+        "gaussian": one learned variance per feature. "bernoulli": features in {0, 1}.
+        "auto": "bernoulli" if all values of X are 0 or 1, else "gaussian".
+    beta : float, default=1.0
+        Weight of the KL term in training (Higgins et al. 2017). Reported bounds have beta = 1.
+    learning_rate_init : float, default=0.001
+        Step of Adam after a warm-up of 20 steps; `fit` anneals it to zero along a cosine over
+        its epochs, `partial_fit` keeps it.
+    batch_size : int or "auto", default="auto"
+        Rows per step. "auto": 128, or 256 from 10000 training rows on.
+    max_iter : int, default=None
+        Number of epochs of `fit`. None: as many as make 2000 optimiser steps, at least 20, but
+        no more than make 20000 steps.
+    early_stopping : bool or "auto", default="auto"
+        Whether to hold out rows, stop when their bound has not risen for `n_iter_no_change`
+        epochs, and return to the epoch where it was highest. "auto": from 1000 rows on; fewer
+        held-out rows would choose the epoch by chance. Without it all epochs are made.
+    validation_fraction : float, default=0.1
+        Share of the rows that early stopping holds out.
+    n_iter_no_change : int, default=None
+        Patience of early stopping, in epochs. Without held-out rows: the window that decides
+        `converged_`. None: a fifth of the epochs, at least 10.
+    n_mc : int, default=32
+        Draws of z per row when scoring.
+    device : str or torch.device, default="auto"
+        "auto": the device of X if it is a tensor, else CUDA if there is one, else the CPU. An
+        explicit device that is missing is an error.
+    random_state : int, RandomState instance or None, default=None
+        Seeds the start, the minibatches, and the draws of training and of scoring. None takes
+        fresh entropy; the global generators are neither read nor set.
+    warm_start : bool, default=False
+        `fit` continues with the weights, the optimiser's moments, the units and the likelihood
+        of the previous fit.
+    verbose : int, default=0
+        1 prints the bound every tenth epoch, 2 every epoch.
+
+    Attributes
+    ----------
+    elbo_ : float
+        The bound on ``log p(X)`` in nats: ``sum_n s_n score_samples(X)[n]``, over all rows given
+        to `fit`, or to the last `partial_fit`.
+    kl_ : float
+        0.0: the weights are point estimates, so the parameters have no posterior to pay for.
+    elbo_history_ : list of float
+        One per epoch: the bound with beta = 1, estimated while the weights were changing, from
+        one draw per training row. Total nats: the mean times the total weight of X.
+    validation_elbo_history_ : list of float
+        One per epoch with early stopping, else empty: the bound of the held-out rows with fixed
+        draws, on the same scale (mean times the total weight of X).
+    n_iter_ : int
+        Epochs of the last `fit`, or of all calls of `partial_fit`.
+    converged_ : bool
+        True if early stopping ended the fit; if ``max_iter=None`` and its whole schedule was
+        made; or if, without held-out rows, the last `n_iter_no_change` epochs gained less than
+        0.01 nats per row on as many before. False after `partial_fit`.
+    active_units_ : ndarray of bool, shape (n_components,)
+        ``Var_x E_q[z] > 0.01`` (Burda et al. 2016, section 5.2): which codes are in use.
+    likelihood_ : {"gaussian", "bernoulli"}
+    noise_std_ : ndarray of shape (n_features,)
+        Gaussian only: learned standard deviation of each feature, in the units of X.
+    noise_floor_ : ndarray of shape (n_features,)
+        Gaussian only: the lower limit of `noise_std_`, a 300th of the feature's range in the
+        first fit. A constant feature has unit variance instead, since nothing informs it.
+    n_samples_seen_ : int
+        Rows of positive weight seen since the first fit.
+    n_features_in_ : int
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Only if X had feature names that are all strings.
+
+    Notes
+    -----
+    Data are standardised inside for a Gaussian likelihood, and every density is that of the X
+    that was passed. Networks train in float32; a float64 X is scored and transformed in float64,
+    a float32 X in float32.
+
+    References
+    ----------
+    Kingma & Welling (2014), Auto-encoding variational Bayes, arXiv:1312.6114.
+    Rezende, Mohamed & Wierstra (2014), Stochastic backpropagation, arXiv:1401.4082.
+    Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, arXiv:1509.00519.
+    Mattei & Frellsen (2018), Leveraging the exact likelihood of deep latent variable models,
+    arXiv:1802.04826.
+    Lucas et al. (2019), Don't blame the ELBO!, arXiv:1911.02469.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from skvi import VAETransformer
+    >>> X = load_iris().data
+    >>> vae = VAETransformer(random_state=0).fit(X)
+    >>> vae.transform(X).shape
+    (150, 2)
+    >>> bool(abs(vae.elbo_ - vae.score_samples(X).sum()) < 1e-9)
+    True
+    """
+
+    _model: _Model
+    elbo_history_: list[float]
+    n_samples_seen_: int
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "n_components": [Interval(Integral, 1, None, closed="left")],
+        "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
+        "activation": [StrOptions(set(ACTIVATIONS))],
+        "likelihood": [StrOptions({"auto", "gaussian", "bernoulli"})],
+        "beta": [Interval(Real, 0.0, None, closed="left")],
+        "learning_rate_init": [Interval(Real, 0.0, None, closed="neither")],
+        "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+        "max_iter": [None, Interval(Integral, 1, None, closed="left")],
+        "early_stopping": [StrOptions({"auto"}), "boolean"],
+        "validation_fraction": [Interval(Real, 0.0, 1.0, closed="neither")],
+        "n_iter_no_change": [None, Interval(Integral, 1, None, closed="left")],
+        "n_mc": [Interval(Integral, 1, None, closed="left")],
+        "device": [str, torch.device],
+        "random_state": ["random_state"],
+        "warm_start": ["boolean"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        n_components: int = 2,
+        *,
+        hidden_layer_sizes: Any = (256,),
+        activation: str = "silu",
+        likelihood: str = "auto",
+        beta: float = 1.0,
+        learning_rate_init: float = 0.001,
+        batch_size: int | str = "auto",
+        max_iter: int | None = None,
+        early_stopping: bool | str = "auto",
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int | None = None,
+        n_mc: int = 32,
+        device: str | torch.device = "auto",
+        random_state: Any = None,
+        warm_start: bool = False,
+        verbose: int = 0,
+    ) -> None:
+        self.n_components = n_components
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.activation = activation
+        self.likelihood = likelihood
+        self.beta = beta
+        self.learning_rate_init = learning_rate_init
+        self.batch_size = batch_size
+        self.max_iter = max_iter
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.n_mc = n_mc
+        self.device = device
+        self.random_state = random_state
+        self.warm_start = warm_start
+        self.verbose = verbose
+
+    # -- fitting ----------------------------------------------------------------------------------
+
+    @fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Maximise the bound on ``log p(X)``.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            Finite numbers, at least two rows of positive weight.
+        y : Ignored
+            Present for API consistency.
+        sample_weight : array-like of shape (n_samples,), default=None
+            How much each row counts in the units of X, the losses and the bounds. Rows of weight
+            zero are left out; a common factor of all weights changes only `elbo_` and the
+            histories.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            For invalid parameters or data; for values other than 0 and 1 under a Bernoulli
+            likelihood; for a `warm_start` from a fit of another shape; if training diverges.
+
+        Warns
+        -----
+        ConvergenceWarning
+            If an explicit `max_iter` ended the fit before it had converged (see `converged_`);
+            and if features sit on the noise floor.
+        """
+        with self._all_or_nothing():
+            door = self._door(X, reset=True, ensure_min_samples=2)
+            weight = self._weights(sample_weight, door.X)
+            X, weight = door.X[weight > 0], weight[weight > 0]
+            model = self._model if self.warm_start and hasattr(self, "_model") else None
+            n_validation = self._n_validation(X.shape[0])
+            n_train = X.shape[0] - n_validation
+            batch_size = self._batch_size(n_train)
+            n_batches = math.ceil(n_train / batch_size)
+            n_epochs = self._n_epochs(n_batches)
+            descent = self._train(
+                X,
+                weight,
+                door.device,
+                model,
+                n_validation=n_validation,
+                batch_size=batch_size,
+                n_epochs=n_epochs,
+                schedule=Schedule(_WARMUP_STEPS if model is None else 0, anneal=True),
+                patience=Patience(self._patience(n_epochs), _TRAINING_TOL),
+            )
+            self.n_iter_ = len(descent.history)
+            self.converged_ = self.max_iter is None or descent.status is Status.CONVERGED
+        if not self.converged_:
+            warnings.warn(
+                f"Training was still making progress after max_iter={self.max_iter} epochs; "
+                "increase it, or use max_iter=None.",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        self._warn_of_floor()
+        return self
+
+    @fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Make one epoch over a block of rows.
+
+        The first call decides the units and the likelihood from its block and finds the linear
+        start there, so it should be representative: a few hundred rows in random order. Later
+        calls continue with the optimiser's moments, at a constant learning rate; nothing is held
+        out.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            At least two rows in the first call.
+        y : Ignored
+            Present for API consistency.
+        sample_weight : array-like of shape (n_samples,), default=None
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            As `fit`; and if the number of features or a parameter that shapes the network has
+            changed since the first call.
+        """
+        with self._all_or_nothing():
+            model = getattr(self, "_model", None)
+            door = self._door(X, reset=model is None, ensure_min_samples=2 if model is None else 1)
+            weight = self._weights(sample_weight, door.X)
+            X, weight = door.X[weight > 0], weight[weight > 0]
+            history = [] if model is None else self.elbo_history_
+            self._train(
+                X,
+                weight,
+                door.device,
+                model,
+                n_validation=0,
+                batch_size=self._batch_size(X.shape[0]),
+                n_epochs=1,
+                schedule=Schedule(_WARMUP_STEPS if model is None else 0, anneal=False),
+                patience=Patience(1, _TRAINING_TOL),
+            )
+            self.elbo_history_ = history + self.elbo_history_
+            self.n_iter_ = self._model.n_epochs
+            self.converged_ = False
+        return self
+
+    def _train(
+        self,
+        X: np.ndarray,
+        weight: np.ndarray,
+        device: torch.device,
+        model: _Model | None,
+        *,
+        n_validation: int,
+        batch_size: int,
+        n_epochs: int,
+        schedule: Schedule,
+        patience: Patience,
+    ) -> Descent:
+        """Run epochs from `model` or from a fresh start, and publish what they found."""
+        if model is None:
+            if X.shape[0] < 2:
+                raise ValueError(
+                    "There is only 1 sample of positive weight; a spread needs at least two."
+                )
+            architecture = self._architecture(X.shape[1], self._likelihood_of(X))
+            affine = _fitted_units(X, weight, architecture.likelihood)
+            seed, n_before, n_seen = draw_seed(self.random_state), 0, 0
+        else:
+            self._check_continues(model, X.shape[1])
+            architecture, affine, seed = model.architecture, model.affine, model.seed
+            n_before, n_seen = model.n_epochs, self.n_samples_seen_
+        _check_support(X, architecture.likelihood)
+        _check_reach(X, affine, torch.float32)
+        n_seen += X.shape[0]
+
+        x, w = _resident(X, weight, affine, device)
+        generator = make_generator(_derive_seed(seed, n_before), device)
+        order = torch.randperm(X.shape[0], generator=generator, device=device)
+        held_out, rows = order[:n_validation], order[n_validation:]
+        if model is None:
+            net = build(architecture, device, torch.float32)
+            floor = torch.from_numpy(_noise_floor(X, affine)).to(device)
+            start.initialise(net, x[rows], w[rows], floor, generator)
+        else:
+            net = model.on(device, torch.float32)
+        parameters = list(net.parameters())
+        optimizer = adam(
+            parameters, self.learning_rate_init, None if model is None else model.optimizer
+        )
+
+        def loss_and_bound(batch: Tensor) -> tuple[Tensor, Tensor]:
+            noise = torch.empty(len(batch), self.n_components, device=device)
+            noise.normal_(generator=generator)
+            return objective.training_loss(
+                net, x[batch], w[batch], noise, beta=self.beta, n_rows=n_seen
+            )
+
+        total = float(weight.sum())
+        per_row = -affine.log_abs_det
+
+        def report(epoch: int, bound: float, validation: float | None) -> None:
+            validation = None if validation is None else validation + per_row
+            name = type(self).__name__
+            announce_epoch(name, epoch, bound + per_row, validation, verbose=self.verbose)
+
+        noise = objective.shared_noise(_VALIDATION_DRAWS, self.n_components, seed).to(x)
+        descent = descend(
+            loss_and_bound,
+            parameters,
+            optimizer,
+            rows,
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            schedule=schedule,
+            generator=generator,
+            patience=patience,
+            validate=(lambda: _mean_bound(net, x, w, held_out, noise)) if n_validation else None,
+            report=report,
+        )
+        if descent.status is Status.NON_FINITE:
+            raise ValueError(
+                f"Training diverged: the loss is not finite with learning_rate_init="
+                f"{self.learning_rate_init:g}, nor with a 32nd of it. Lower "
+                "learning_rate_init, or look for outliers in X and in sample_weight."
+            )
+        self._model = _Model(
+            architecture,
+            affine,
+            export(net),
+            export_state(optimizer),
+            seed,
+            n_before + len(descent.history),
+        )
+        self.n_samples_seen_ = n_seen
+        self.elbo_history_ = [total * (bound + per_row) for bound in descent.history]
+        self.validation_elbo_history_ = [
+            total * (bound + per_row) for bound in descent.validation_history
+        ]
+        self._publish(X, weight, device)
+        return descent
+
+    def _publish(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
+        """Set the attributes that follow from the network and the rows it was fitted to."""
+        self._n_features_out = self.n_components
+        self.likelihood_ = self._model.architecture.likelihood
+        if self.likelihood_ == "gaussian":
+            likelihood = self._model.on(torch.device("cpu"), torch.float64).likelihood
+            assert isinstance(likelihood, Gaussian)
+            log_var, log_floor = to_numpy(likelihood.log_var()), to_numpy(likelihood.log_floor)
+            self.noise_std_ = self._model.affine.scale * np.exp(0.5 * log_var)
+            self.noise_floor_ = self._model.affine.scale * np.exp(0.5 * log_floor)
+            on_floor = (log_var < log_floor + math.log(2.0)) & (log_floor < _ORDINARY_LOG_FLOOR)
+            self._on_floor = np.flatnonzero(on_floor)
+        else:
+            for name in ("noise_std_", "noise_floor_", "_on_floor"):
+                self.__dict__.pop(name, None)
+        self.kl_ = 0.0
+        scores = self._score_rows(X, device)
+        if not np.isfinite(scores).all():
+            raise ValueError(
+                "The fitted bound is not finite: learning_rate_init="
+                f"{self.learning_rate_init:g} is too large for these data."
+            )
+        self.elbo_ = float(weight @ scores)
+        means = self._encode(X, device)[0].astype(np.float64)
+        centre = np.array([weighted_mean(column, weight) for column in means.T])
+        spread = [weighted_mean(column, weight) for column in ((means - centre) ** 2).T]
+        self.active_units_ = np.array(spread) > 0.01
+
+    def _warn_of_floor(self) -> None:
+        if self.likelihood_ == "gaussian" and self._on_floor.size:
+            warnings.warn(
+                f"The noise of features {self._on_floor.tolist()} is on its floor (a 300th "
+                "of their range): they are an exact function of the code, and without the "
+                "floor the bound would grow for ever. Drop duplicated or collinear features, "
+                "lower n_components or hidden_layer_sizes, or read scores as relative to it.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+
+    def _architecture(self, n_features: int, likelihood: str) -> Architecture:
+        sizes = np.atleast_1d(np.asarray(self.hidden_layer_sizes))
+        if sizes.ndim != 1 or (sizes.size and (sizes.dtype.kind not in "iu" or sizes.min() < 1)):
+            raise ValueError(
+                f"hidden_layer_sizes={self.hidden_layer_sizes!r} must hold integers of at least 1."
+            )
+        hidden = tuple(int(size) for size in sizes)
+        return Architecture(n_features, self.n_components, hidden, self.activation, likelihood)
+
+    def _likelihood_of(self, X: np.ndarray) -> str:
+        if self.likelihood != "auto":
+            return self.likelihood
+        return "gaussian" if _first_non_binary(X) is not None else "bernoulli"
+
+    def _check_continues(self, model: _Model, n_features: int) -> None:
+        likelihood = model.architecture.likelihood if self.likelihood == "auto" else self.likelihood
+        if self._architecture(n_features, likelihood) != model.architecture:
+            raise ValueError(
+                "The previous fit cannot be continued: the number of features, n_components, "
+                "hidden_layer_sizes, activation or likelihood has changed. Restore them, set "
+                "warm_start=False, or fit a clone."
+            )
+
+    def _n_validation(self, n_rows: int) -> int:
+        hold_out = self.early_stopping
+        if hold_out == "auto":
+            hold_out = n_rows >= _MIN_ROWS_TO_HOLD_OUT
+        if not hold_out:
+            return 0
+        n_validation = math.ceil(self.validation_fraction * n_rows)
+        if n_rows - n_validation < 2:
+            raise ValueError(
+                f"early_stopping with validation_fraction={self.validation_fraction:g} leaves "
+                f"{n_rows - n_validation} of {n_rows} rows for training, which needs at least 2; "
+                "lower it, or set early_stopping=False."
+            )
+        return n_validation
+
+    def _batch_size(self, n_train: int) -> int:
+        if self.batch_size != "auto":
+            return int(self.batch_size)
+        return 128 if n_train < 10_000 else 256
+
+    def _n_epochs(self, n_batches: int) -> int:
+        if self.max_iter is not None:
+            return int(self.max_iter)
+        wanted = max(_MIN_EPOCHS, math.ceil(_MIN_STEPS / n_batches))
+        return min(wanted, math.ceil(_MAX_STEPS / n_batches))
+
+    def _patience(self, n_epochs: int) -> int:
+        if self.n_iter_no_change is not None:
+            return int(self.n_iter_no_change)
+        return max(10, n_epochs // 5)
+
+    # -- codes and rows ---------------------------------------------------------------------------
+
+    def transform(self, X: Any, return_std: bool = False) -> Any:
+        """Return the posterior mean of each row's code.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        return_std : bool, default=False
+            Whether to return the posterior standard deviations as well.
+
+        Returns
+        -------
+        Z : ndarray of shape (n_samples, n_components)
+            In the dtype of X.
+        std : ndarray of shape (n_samples, n_components)
+            Only with `return_std`.
+        """
+        check_is_fitted(self)
+        mean, std = self._encode(*self._checked(X))
+        return (mean, std) if return_std else mean
+
+    def inverse_transform(self, Z: Any) -> np.ndarray:
+        """Return the decoder's mean ``E[x|z]`` in the units of X.
+
+        Parameters
+        ----------
+        Z : array-like of shape (n_samples, n_components)
+
+        Returns
+        -------
+        X : ndarray of shape (n_samples, n_features)
+            In the dtype of Z.
+        """
+        check_is_fitted(self)
+        device = resolve_device(self.device, Z)
+        Z = check_array(to_host(Z), dtype=[np.float64, np.float32], input_name="Z")
+        if Z.shape[1] != self._model.architecture.n_components:
+            raise ValueError(
+                f"Z has {Z.shape[1]} columns, but {type(self).__name__} was fitted with "
+                f"n_components={self._model.architecture.n_components}."
+            )
+        return self._decode(Z, device)
+
+    def reconstruct(self, X: Any) -> np.ndarray:
+        """Return ``E[x|z]`` at the posterior mean of each row's code, in the units of X.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+
+        Returns
+        -------
+        X_reconstructed : ndarray of shape (n_samples, n_features)
+        """
+        check_is_fitted(self)
+        X, device = self._checked(X)
+        return self._decode(self._encode(X, device)[0], device)
+
+    def sample(self, n_samples: int = 1, random_state: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """Draw codes from the prior and rows from the likelihood given them.
+
+        Rows carry the noise of the likelihood; ``inverse_transform(Z)`` gives their means.
+
+        Parameters
+        ----------
+        n_samples : int, default=1
+        random_state : int, RandomState instance or None, default=None
+            None uses the estimator's `random_state`; an int there gives the same rows every time.
+
+        Returns
+        -------
+        X : ndarray of shape (n_samples, n_features)
+        Z : ndarray of shape (n_samples, n_components)
+            The code of each row.
+        """
+        check_is_fitted(self)
+        if not isinstance(n_samples, Integral) or n_samples < 1:
+            raise ValueError(f"n_samples={n_samples!r} must be an integer of at least 1.")
+        seed = draw_seed(self.random_state if random_state is None else random_state)
+        device = resolve_device(self.device)
+        generator = make_generator(seed, device)
+        net = self._model.on(device, torch.float64)
+        k = self._model.architecture.n_components
+        z = torch.empty(int(n_samples), k, dtype=torch.float64, device=device)
+        z.normal_(generator=generator)
+        with torch.no_grad():
+            blocks = z.split(block_rows(self._floats_per_draw(), device))
+            x = [to_numpy(net.likelihood.sample(net.decoder(b), generator)) for b in blocks]
+        return self._original_units(np.concatenate(x)), to_numpy(z)
+
+    # -- scores -----------------------------------------------------------------------------------
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        r"""Return each row's bound on ``log p(x)``.
+
+        .. math:: \mathrm{ELBO}_n = E_q[\log p(x_n|z)] - \mathrm{KL}(q(z|x_n) \| N(0, I))
+
+        The expectation is a mean over `n_mc` draws, chosen once and shared by all rows, so that
+        a row's score does not depend on the rows beside it; over seeds it is unbiased.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ndarray of float64, shape (n_samples,)
+            Nats, of densities of the X that was passed; ``log p(x)`` of masses for Bernoulli.
+        """
+        check_is_fitted(self)
+        return self._score_rows(*self._checked(X))
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Return the weighted mean of :meth:`score_samples`, in nats per row.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        y : Ignored
+            Present for API consistency.
+        sample_weight : array-like of shape (n_samples,), default=None
+
+        Returns
+        -------
+        float
+            Higher is better.
+        """
+        check_is_fitted(self)
+        X, device = self._checked(X)
+        return weighted_mean(self._score_rows(X, device), self._weights(sample_weight, X))
+
+    def elbo_terms(self, X: Any) -> ElboTerms[np.ndarray]:
+        """Return both readings of each row's bound.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+
+        Returns
+        -------
+        ElboTerms of ndarrays of float64, shape (n_samples,)
+            ``reconstruction - kl`` and ``energy + entropy`` equal :meth:`score_samples`. KL,
+            entropy and the prior's part of the energy are exact.
+        """
+        check_is_fitted(self)
+        return self._terms(*self._checked(X))
+
+    def log_predictive(self, X: Any, n_importance: int = 1000) -> np.ndarray:
+        r"""Return the importance-weighted estimate of ``log p(x)`` of each row.
+
+        .. math::
+            \log \tfrac1K \sum_{k=1}^K \frac{p(x_n|z_k)\,p(z_k)}{q(z_k|x_n)},
+            \qquad z_k \sim q(z|x_n)
+
+        In expectation it lies between the bound of :meth:`score_samples` and ``log p(x)``, and
+        rises with K (Burda et al. 2016, theorem 1). The draws are shared by all rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        n_importance : int, default=1000
+            K. Time grows with it, memory does not.
+
+        Returns
+        -------
+        ndarray of float64, shape (n_samples,)
+            Nats.
+        """
+        check_is_fitted(self)
+        if not isinstance(n_importance, Integral) or n_importance < 1:
+            raise ValueError(f"n_importance={n_importance!r} must be an integer of at least 1.")
+        X, device = self._checked(X)
+        draws = min(int(n_importance), 64)
+
+        def evaluate(net: VAE, x: Tensor) -> tuple[Tensor]:
+            noise = self._model.noise(int(n_importance), x)
+            return (objective.log_predictive(net, x, noise, draws),)
+
+        (values,) = self._evaluate(X, device, draws * self._floats_per_draw(), evaluate)
+        return values.astype(np.float64) - self._model.affine.log_abs_det
+
+    # -- the way to the network and back ----------------------------------------------------------
+
+    def _checked(self, X: Any) -> tuple[np.ndarray, torch.device]:
+        """Validate rows for a fitted network."""
+        door = self._door(X, reset=False)
+        _check_support(door.X, self._model.architecture.likelihood)
+        _check_reach(door.X, self._model.affine, _torch_dtype(door.X))
+        return door.X, door.device
+
+    def _floats_per_draw(self) -> int:
+        architecture = self._model.architecture
+        widest = max(architecture.hidden_layer_sizes, default=0)
+        return architecture.n_features + architecture.n_components + 2 * widest
+
+    def _evaluate(
+        self,
+        X: np.ndarray,
+        device: torch.device,
+        floats_per_row: int,
+        function: Callable[[VAE, Tensor], tuple[Tensor, ...]],
+    ) -> list[np.ndarray]:
+        """Apply `function` to blocks of rows in fitted units; concatenate what it returns."""
+        dtype = _torch_dtype(X)
+        net = self._model.on(device, dtype)
+        rows = Rows(X, self._model.affine, device)
+        with torch.no_grad():
+            parts = [
+                [value.cpu().numpy() for value in function(net, x.to(dtype))]
+                for _, x, _ in rows.blocks(floats_per_row)
+            ]
+        return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+    def _encode(self, X: np.ndarray, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+        def evaluate(net: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
+            mean, log_var = net.posterior(x)
+            return mean, (0.5 * log_var).exp()
+
+        mean, std = self._evaluate(X, device, self._floats_per_draw(), evaluate)
+        return mean, std
+
+    def _decode(self, Z: np.ndarray, device: torch.device) -> np.ndarray:
+        net = self._model.on(device, _torch_dtype(Z))
+        with torch.no_grad():
+            blocks = torch.tensor(Z, device=device).split(
+                block_rows(self._floats_per_draw(), device)
+            )
+            means = [to_numpy(net.likelihood.mean(net.decoder(z))) for z in blocks]
+        return self._original_units(np.concatenate(means)).astype(Z.dtype)
+
+    def _original_units(self, x: np.ndarray) -> np.ndarray:
+        shift, scale = self._model.affine
+        return x * scale + shift
+
+    def _terms(self, X: np.ndarray, device: torch.device) -> ElboTerms[np.ndarray]:
+        def evaluate(net: VAE, x: Tensor) -> tuple[Tensor, ...]:
+            return objective.elbo_terms(net, x, self._model.noise(self.n_mc, x))
+
+        floats_per_row = self.n_mc * self._floats_per_draw()
+        terms = ElboTerms(
+            *(v.astype(np.float64) for v in self._evaluate(X, device, floats_per_row, evaluate))
+        )
+        change_of_units = self._model.affine.log_abs_det
+        return terms._replace(
+            reconstruction=terms.reconstruction - change_of_units,
+            energy=terms.energy - change_of_units,
+        )
+
+    def _score_rows(self, X: np.ndarray, device: torch.device) -> np.ndarray:
+        terms = self._terms(X, device)
+        return terms.reconstruction - terms.kl
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+
+def _torch_dtype(array: np.ndarray) -> torch.dtype:
+    return torch.float32 if array.dtype == np.float32 else torch.float64
+
+
+def _derive_seed(seed: int, n_epochs: int) -> int:
+    """Return a seed of its own for the run that begins after `n_epochs` epochs."""
+    return int(np.random.SeedSequence([seed, n_epochs]).generate_state(1)[0])
+
+
+def _fitted_units(X: np.ndarray, weight: np.ndarray, likelihood: str) -> Affine:
+    """Return the units of training: standardised, unless the values are binary."""
+    mean, std = weighted_moments(X, weight)
+    if likelihood == "bernoulli":
+        return Affine(np.zeros_like(mean), np.ones_like(std))
+    return Affine(mean, np.where(std > 0, std, 1.0))
+
+
+def _noise_floor(X: np.ndarray, affine: Affine) -> np.ndarray:
+    """Return lower limits of noise variances in fitted units; 1 for constant columns."""
+    high, low = X.max(axis=0).astype(np.float64), X.min(axis=0).astype(np.float64)
+    floor = ((high - low) / affine.scale / _RANGE_PER_NOISE_STD) ** 2
+    return np.where(high > low, floor, 1.0)
+
+
+def _resident(
+    X: np.ndarray, weight: np.ndarray, affine: Affine, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return all rows in fitted units and weights of mean one, float32, on the device."""
+    x = torch.empty(X.shape, dtype=torch.float32, device=device)
+    for rows, block, _ in Rows(X, affine, torch.device("cpu")).blocks(X.shape[1]):
+        x[rows] = block.to(device, torch.float32)
+    relative = weight / weight.max()
+    relative /= relative.mean()
+    return x, torch.from_numpy(relative).to(device, torch.float32)
+
+
+def _mean_bound(net: VAE, x: Tensor, weight: Tensor, rows: Tensor, noise: Tensor) -> Tensor:
+    """Return the weighted mean bound of some resident rows, in fitted units."""
+    total = weight.new_zeros(())
+    for block in rows.split(block_rows(noise.shape[0] * x.shape[1], x.device)):
+        terms = objective.elbo_terms(net, x[block], noise)
+        total += weight[block] @ (terms.reconstruction - terms.kl)
+    return total / weight[rows].sum()
+
+
+def _first_non_binary(X: np.ndarray) -> int | None:
+    """Return the first column with a value that is neither 0 nor 1, or None."""
+    binary = np.ones(X.shape[1], dtype=bool)
+    for start_row in range(0, X.shape[0], 1024):
+        block = X[start_row : start_row + 1024]
+        binary &= ((block == 0) | (block == 1)).all(axis=0)
+        if not binary.all():
+            return int(np.argmin(binary))
+    return None
+
+
+def _check_support(X: np.ndarray, likelihood: str) -> None:
+    if likelihood != "bernoulli":
+        return
+    column = _first_non_binary(X)
+    if column is not None:
+        raise ValueError(
+            f'Column {column} of X has values other than 0 and 1, which the "bernoulli" likelihood '
+            "cannot explain. Binarise it (for example with sklearn.preprocessing.Binarizer), or "
+            'fit with likelihood="gaussian".'
+        )
+
+
+def _check_reach(X: np.ndarray, affine: Affine, dtype: torch.dtype) -> None:
+    """Raise if a row is so far out that its squared distance leaves the range of `dtype`."""
+    with np.errstate(over="ignore"):
+        far = np.maximum(X.max(axis=0) - affine.shift, affine.shift - X.min(axis=0)) / affine.scale
+    column = int(np.argmax(far))
+    if not far[column] <= _REACH[dtype]:
+        raise ValueError(
+            f"Column {column} of X has values {far[column]:.3g} times its (weighted) standard "
+            f"deviation in training away from the mean: too far for {dtype}. Remove such rows, "
+            "or weight them so that they count in the fit."
+        )

@@ -1,0 +1,1 @@
+"""Variational autoencoder: networks, likelihoods, objective, and where to start from."""

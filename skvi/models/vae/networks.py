@@ -1,0 +1,157 @@
+"""The networks: a linear map plus a multilayer correction, on each side of the latent space.
+
+Nothing here draws from torch's global generator: modules are built without values
+(:func:`build`) and then filled, from a start (:mod:`skvi.models.vae.start`) or from stored weights.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skvi.models.vae.likelihoods import LIKELIHOODS
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "logistic": torch.sigmoid,
+    "relu": torch.relu,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+}
+
+# log var of q(z|x) stays strictly between -21 and 3: far below any useful precision, and not so far
+# above the prior's variance that a stray row could throw its draws out of the decoder's reach.
+_LOG_VAR_CENTRE, _LOG_VAR_RADIUS = -9.0, 12.0
+
+
+class Architecture(NamedTuple):
+    """What a network is, without its weights.
+
+    Attributes
+    ----------
+    n_features, n_components : int
+        D and k.
+    hidden_layer_sizes : tuple of int
+        From the data to the code; the decoder mirrors them. Empty: both sides are linear.
+    activation : str
+        A key of `ACTIVATIONS`.
+    likelihood : str
+        A key of :data:`skvi.models.vae.likelihoods.LIKELIHOODS`.
+    """
+
+    n_features: int
+    n_components: int
+    hidden_layer_sizes: tuple[int, ...]
+    activation: str
+    likelihood: str
+
+
+def bounded_log_var(raw: Tensor) -> Tensor:
+    """Map any number into the range of log variances, smoothly."""
+    return _LOG_VAR_CENTRE + _LOG_VAR_RADIUS * torch.tanh((raw - _LOG_VAR_CENTRE) / _LOG_VAR_RADIUS)
+
+
+def unbounded_log_var(log_var: Tensor) -> Tensor:
+    """Invert `bounded_log_var`; values at or beyond its limits are moved just inside."""
+    ratio = ((log_var - _LOG_VAR_CENTRE) / _LOG_VAR_RADIUS).clamp(-0.99, 0.99)
+    return _LOG_VAR_CENTRE + _LOG_VAR_RADIUS * torch.atanh(ratio)
+
+
+class Posterior(NamedTuple):
+    """``q(z|x) = N(mean, diag exp(log_var))``; both of shape (N, k)."""
+
+    mean: Tensor
+    log_var: Tensor
+
+
+class ResidualMLP(nn.Module):
+    r"""A linear map plus a multilayer perceptron without output bias.
+
+    .. math:: y = A x + b + C h_L, \quad h_l = a(W_l h_{l-1} + c_l), \quad h_0 = x
+
+    With ``C = 0`` it is the linear map, so that training can begin at the best linear model and
+    pays for curvature only where the data ask for it.
+    """
+
+    def __init__(self, n_in: int, hidden: tuple[int, ...], n_out: int, activation: str) -> None:
+        super().__init__()
+        sizes = (n_in, *hidden)
+        self.linear = nn.Linear(n_in, n_out)
+        self.hidden = nn.ModuleList(nn.Linear(n, n_next) for n, n_next in itertools.pairwise(sizes))
+        self.correction = nn.Linear(sizes[-1], n_out, bias=False) if hidden else None
+        self.activation = ACTIVATIONS[activation]
+
+    def hidden_layers(self) -> list[nn.Linear]:
+        """Return the layers before the correction, from the input on."""
+        return [layer for layer in self.hidden if isinstance(layer, nn.Linear)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., n_in) to (..., n_out)."""
+        y = self.linear(x)
+        if self.correction is None:
+            return y
+        for layer in self.hidden:
+            x = self.activation(layer(x))
+        return y + self.correction(x)
+
+
+class VAE(nn.Module):
+    """Encoder, decoder and likelihood, in fitted units.
+
+    The encoder reads ``x * input_scale``, so that a feature with a few values hundreds of standard
+    deviations out cannot flood it; the likelihood reads x.
+
+    Parameters
+    ----------
+    architecture : Architecture
+    """
+
+    input_scale: Tensor
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        n_features, n_components, hidden, activation, likelihood = architecture
+        self.encoder = ResidualMLP(n_features, hidden, 2 * n_components, activation)
+        self.decoder = ResidualMLP(n_components, hidden[::-1], n_features, activation)
+        self.likelihood = LIKELIHOODS[likelihood](n_features)
+        self.register_buffer("input_scale", torch.empty(n_features))  # (D,)
+
+    def posterior(self, x: Tensor) -> Posterior:
+        """Return q(z|x) of rows x, shape (N, D)."""
+        mean, raw = self.encoder(x * self.input_scale).chunk(2, dim=-1)  # (N, k) each
+        return Posterior(mean, bounded_log_var(raw))
+
+    def curvature_weights(self) -> list[Tensor]:
+        """Return the weights that make the networks non-linear; biases and linear maps are free."""
+        return [
+            layer.weight
+            for network in (self.encoder, self.decoder)
+            for layer in (*network.hidden_layers(), network.correction)
+            if layer is not None
+        ]
+
+
+def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> VAE:
+    """Return a network whose values are still undefined; no random generator is touched."""
+    with torch.device("meta"):
+        model = VAE(architecture)
+    return model.to_empty(device=device).to(dtype)
+
+
+def restore(
+    architecture: Architecture,
+    weights: Mapping[str, np.ndarray],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> VAE:
+    """Return a network with stored `weights`, converted to `dtype`."""
+    model = build(architecture, device, dtype)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    return model
+
+
+def export(model: VAE) -> dict[str, np.ndarray]:
+    """Return the weights as NumPy arrays that own their memory."""
+    return {name: value.cpu().numpy().copy() for name, value in model.state_dict().items()}

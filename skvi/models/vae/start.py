@@ -1,0 +1,160 @@
+"""Where training starts: the best linear model, with an undisturbed correction network on top."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from skvi.models.vae.likelihoods import Gaussian
+from skvi.models.vae.networks import VAE, ResidualMLP, unbounded_log_var
+
+# Enough for a linear start; more rows cost time and add nothing that training would not find.
+_MAX_ROWS = 4096
+_EM_ITERATIONS = 200
+# Of each column's variance: keeps EM from explaining a column completely.
+_EM_NOISE_FLOOR = 1e-4
+# The encoder's inputs are scaled down to this magnitude where the training rows exceed it.
+_LARGEST_INPUT = 10.0
+# Binary columns that are almost constant start at logits of +-9, not at infinite ones.
+_SMALLEST_P = 1e-4
+
+
+class LinearStart(NamedTuple):
+    """Factor analysis of centred rows, rotated so that the posterior covariance is diagonal.
+
+    Attributes
+    ----------
+    loadings : Tensor of shape (D, k)
+    noise : Tensor of shape (D,)
+        Variances.
+    encoder : Tensor of shape (k, D)
+        ``E[z|x] = encoder @ x``.
+    log_var : Tensor of shape (k,)
+        ``log Var[z|x]``.
+    """
+
+    loadings: Tensor
+    noise: Tensor
+    encoder: Tensor
+    log_var: Tensor
+
+
+def factor_analysis(x: Tensor, n_components: int, generator: torch.Generator) -> LinearStart:
+    r"""Fit ``x ~ N(0, W W' + diag(psi))`` by EM (Rubin & Thayer 1982).
+
+    .. math::
+        B = (I + W'\Psi^{-1}W)^{-1} W'\Psi^{-1}, \quad
+        W \leftarrow S B' (I - B W + B S B')^{-1}, \quad
+        \Psi \leftarrow \mathrm{diag}(S - W B S), \qquad S = x'x
+
+    Parameters
+    ----------
+    x : Tensor of shape (N, D)
+        Centred rows times the root of their share of the weight; float64.
+    n_components : int
+    generator : torch.Generator
+        For the first loadings.
+
+    Returns
+    -------
+    LinearStart
+    """
+    n_rows, n_features = x.shape
+    if n_rows > n_features:
+        # The triangular factor has the same cross products in D rows.
+        x = torch.linalg.qr(x, mode="r").R  # (min(N, D), D)
+    variance = x.square().sum(0)  # (D,)
+    floor = _EM_NOISE_FLOOR * variance.clamp_min(_EM_NOISE_FLOOR)
+    eye = torch.eye(n_components, dtype=x.dtype, device=x.device)
+
+    loadings = torch.empty(n_features, n_components, dtype=x.dtype, device=x.device)
+    loadings.normal_(generator=generator).mul_(0.1)
+    noise = variance.clamp_min(_EM_NOISE_FLOOR)
+    for _ in range(_EM_ITERATIONS):
+        scaled = loadings.T / noise  # (k, D)
+        encoder = torch.linalg.solve(eye + scaled @ loadings, scaled)  # (k, D)
+        z = x @ encoder.T  # (N, k)
+        cross = x.T @ z  # (D, k)
+        second = eye - encoder @ loadings + z.T @ z  # (k, k)
+        loadings = torch.linalg.solve(second, cross, left=False)
+        noise = torch.maximum(variance - (loadings * cross).sum(-1), floor)
+
+    precision, rotation = torch.linalg.eigh(loadings.T @ (loadings / noise[:, None]))
+    loadings = loadings @ rotation.flip(-1)
+    precision = 1.0 + precision.flip(-1).clamp_min(0.0)  # (k,), the most informative first
+    return LinearStart(
+        loadings, noise, (loadings / noise[:, None]).T / precision[:, None], -precision.log()
+    )
+
+
+def initialise(
+    model: VAE, x: Tensor, weight: Tensor, noise_floor: Tensor, generator: torch.Generator
+) -> None:
+    """Fill `model` in place: linear parts from factor analysis, corrections at zero.
+
+    Parameters
+    ----------
+    model : VAE
+        From :func:`skvi.models.vae.networks.build`; its values are overwritten.
+    x : Tensor of shape (N, D)
+        Training rows in fitted units. Factor analysis uses the first few thousand: they must come
+        in no particular order.
+    weight : Tensor of shape (N,)
+        Positive.
+    noise_floor : Tensor of shape (D,)
+        Lower limits of a Gaussian's variances, in fitted units.
+    generator : torch.Generator
+    """
+    largest = x.abs().amax(0)  # (D,)
+    x, weight = x[:_MAX_ROWS].double(), weight[:_MAX_ROWS].double()
+    weight = weight / weight.max()
+    weight = weight / weight.sum()
+    mean = weight @ x  # (D,)
+    start = factor_analysis(
+        (x - mean) * weight.sqrt()[:, None], model.decoder.linear.in_features, generator
+    )
+    with torch.no_grad():
+        model.input_scale.copy_((_LARGEST_INPUT / largest).clamp_max(1.0))
+        _fill_encoder(model, start, mean)
+        _fill_decoder(model, start, mean, noise_floor)
+        for network, centre in ((model.encoder, mean * model.input_scale), (model.decoder, None)):
+            _fill_correction(network, centre, generator)
+
+
+def _fill_encoder(model: VAE, start: LinearStart, mean: Tensor) -> None:
+    linear = model.encoder.linear
+    n_components = start.encoder.shape[0]
+    linear.weight.zero_()
+    linear.weight[:n_components] = start.encoder / model.input_scale
+    linear.bias[:n_components] = -start.encoder @ mean
+    linear.bias[n_components:] = unbounded_log_var(start.log_var)
+
+
+def _fill_decoder(model: VAE, start: LinearStart, mean: Tensor, noise_floor: Tensor) -> None:
+    linear = model.decoder.linear
+    if isinstance(model.likelihood, Gaussian):
+        # All rows together have unit variance: what the first ones do not show is noise.
+        noise = 1.0 - start.loadings.square().sum(-1)
+        model.likelihood.set_noise(torch.maximum(noise, start.noise), noise_floor)
+        linear.bias.copy_(mean)
+        linear.weight.copy_(start.loadings)
+    else:
+        # First order around the mean: P(x = 1) = p + p (1 - p) f.
+        p = mean.clamp(_SMALLEST_P, 1.0 - _SMALLEST_P)
+        linear.bias.copy_(torch.logit(p))
+        linear.weight.copy_(start.loadings / (p * (1.0 - p)).clamp_min(0.05)[:, None])
+
+
+def _fill_correction(
+    network: ResidualMLP, centre: Tensor | None, generator: torch.Generator
+) -> None:
+    """He initialisation, with the hidden activations centred, and an output of zero."""
+    for layer in network.hidden_layers():
+        layer.weight.normal_(0.0, math.sqrt(2.0 / layer.in_features), generator=generator)
+        layer.bias.zero_()
+        if centre is not None:
+            layer.bias.copy_(-(layer.weight.double() @ centre))
+            centre = None
+    if network.correction is not None:
+        network.correction.weight.zero_()

@@ -1,0 +1,26 @@
+"""What the README and the docstrings show runs as shown."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+from skvi.estimators import gmm, linear, vae
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["mixture", "autoencoder", "linear"])
+def test_readme(block, capsys):
+    assert len(block.strip().splitlines()) <= 18
+    exec(compile(block, str(README), "exec"), {})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [gmm, linear, vae], ids=lambda module: module.__name__)
+def test_docstring_examples(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
