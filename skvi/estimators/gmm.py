@@ -17,7 +17,8 @@ from skvi.estimators._base import VariationalEstimator, to_numpy, weighted_mean
 from skvi.estimators._compat import Interval, StrOptions, fit_context
 from skvi.inference.loop import Solution, climb
 from skvi.inference.monitor import Monitor, Status
-from skvi.models.mixture import bound, start
+from skvi.models.mixture import active, bound, start
+from skvi.models.mixture.active import AlternatingAscent
 from skvi.models.mixture.bound import Posterior, State
 from skvi.models.mixture.components import COMPONENTS, Components
 from skvi.models.mixture.weights import WEIGHTS
@@ -352,6 +353,13 @@ class VariationalGMM(
         total = float(weight.sum())
         change_of_units = total * affine.log_abs_det
         ascend = bound.coordinate_ascent(prior, rows)
+        alternating = None
+        if active.pays(rows, type(prior.components), self.n_components):
+            # What passes over active components give away stays far below the tolerance.
+            negligible = max(1e-3 * self.tol / self.n_components, 1e-16)
+            ascend = alternating = AlternatingAscent(
+                prior, rows, max_iter=self.max_iter, negligible=negligible
+            )
 
         def step(state: State) -> tuple[State, float]:
             state, value = ascend(state)
@@ -360,6 +368,15 @@ class VariationalGMM(
         monitor = Monitor(self.tol, scale=total, verbose=self.verbose, name="VariationalGMM")
         try:
             solution = climb(step, state, max_iter=self.max_iter, monitor=monitor)
+            while (
+                alternating is not None
+                and solution.status is Status.CONVERGED
+                and not alternating.looked_at_everything
+            ):
+                # Only a full pass may say so.
+                alternating.look_at_everything()
+                left = self.max_iter - solution.n_iter
+                solution = climb(step, solution.state, max_iter=left, monitor=monitor)
         except torch.linalg.LinAlgError as error:
             raise ValueError(_EXTREME) from error
         if solution.status is Status.NON_FINITE:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Bytes of float64 workspace that one block may take: about the L2 cache of a CPU core, or a
 # share of a GPU's memory that leaves room for everything else.
-_WORKSPACE_BYTES = {"cpu": 1 << 21, "cuda": 1 << 29}
+_WORKSPACE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 29}
 
 
 def block_rows(floats_per_row: int, device: torch.device) -> int:

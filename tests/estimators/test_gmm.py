@@ -1,6 +1,7 @@
 """VariationalGMM as its users meet it."""
 
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -481,3 +482,30 @@ def test_awkward_data_get_a_finite_answer_or_a_clear_error(data):
     assert np.isfinite(model.log_predictive(X)).all()
     assert_allclose(model.transform(X).sum(1), 1.0, rtol=1e-5)
     assert np.isfinite(model.sample(5)[0]).all()
+
+
+@every_shape
+@pytest.mark.parametrize("max_iter", [5, 1000])
+def test_fits_over_active_components_end_with_a_full_pass(
+    X, covariance_type, max_iter, monkeypatch
+):
+    params = {"covariance_type": covariance_type, "n_components": 6, "max_iter": max_iter}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        plain = _fit(X, **params)
+        monkeypatch.setattr("skvi.models.mixture.active._LONG_PRODUCT", 1)
+        restricted = _fit(X, **params)
+    # The last pass looks at everything, so the identity is exact however the fit ended.
+    assert_allclose(
+        restricted.elbo_, restricted.score_samples(X).sum() - restricted.kl_, rtol=1e-12
+    )
+    assert_allclose(restricted.elbo_, plain.elbo_, rtol=1e-5)
+    assert restricted.converged_ == plain.converged_
+    assert np.diff(restricted.elbo_history_).min() > -1e-6
+
+
+def test_memory_decides_whether_rows_are_sorted(X, monkeypatch):
+    monkeypatch.setattr("skvi.models.mixture.active._LONG_PRODUCT", 1)
+    monkeypatch.setattr("skvi.models.mixture.active._RESIDENT_BYTES", 100)
+    monkeypatch.setattr("skvi.models.mixture.active.AlternatingAscent", None)
+    assert _fit(X).converged_

@@ -62,6 +62,15 @@ class Moments(NamedTuple):
     first: Tensor
     second: Tensor
 
+    def about(self, reference: Tensor, shape: type[Components]) -> Moments:
+        """Return the statistics about another reference."""
+        old = self.first / self.counts.clamp_min(torch.finfo(self.counts.dtype).tiny)[:, None]
+        new = old + self.reference - reference  # mean of the rows, relative to the new reference
+        points = torch.stack([new, old], dim=1)  # (K, 2, D)
+        weights = torch.stack([self.counts, -self.counts], dim=1)  # (K, 2)
+        second = self.second + shape.scatter(points, weights)
+        return Moments(reference, self.counts, self.counts[:, None] * new, second)
+
     def reordered(self, order: Tensor) -> Moments:
         """Return the statistics in another order of the components."""
         reference, counts, first, second = self
@@ -192,11 +201,24 @@ class Components(ABC):
         return (~(self.amplification < _ILL)).nonzero()[:, 0]
 
     def take(self, index: Tensor) -> Self:
-        """Return the components of an index; what they share stays shared."""
-        return self.map(lambda array: array[index] if array.shape[0] > 1 else array)
+        """Return the components of an index; what they share stays shared.
+
+        What has been computed for the whole is kept for the part.
+        """
+
+        def part(array: Tensor) -> Tensor:
+            return array[index] if array.shape[0] > 1 else array
+
+        result = self.map(part)
+        for name in ("log_prob_constant", "coefficients", "amplification", "whitener"):
+            if name in self.__dict__:
+                result.__dict__[name] = part(self.__dict__[name])
+        return result
 
     def squared_distance(self, x: Tensor, monomials: Tensor) -> Tensor:
         """``|root_k^-1 (x_n - m_k)|^2`` of rows (B, D) and their monomials, shape (K, B)."""
+        if self.ill.numel() == self.mean.shape[0]:
+            return self.centred_distance(x - self.mean[:, None, :])
         distance = self.coefficients @ monomials
         if self.ill.numel():
             some = self.take(self.ill)
@@ -212,9 +234,14 @@ class Components(ABC):
 
         Bishop (2006), equations 10.64-10.65.
         """
+        constant = self.log_prob_constant[:, None]
+        return torch.addcmul(constant, distance, self.precision_dof[:, None], value=-0.5)
+
+    @cached_property
+    def log_prob_constant(self) -> Tensor:
+        """What :meth:`E_log_prob` has besides the distance, shape (K,)."""
         D = self.n_features
-        constant = 0.5 * (self.E_log_det - D * LOG_2PI - D / self.kappa)  # (K,)
-        return torch.addcmul(constant[:, None], distance, self.precision_dof[:, None], value=-0.5)
+        return 0.5 * (self.E_log_det - D * LOG_2PI - D / self.kappa)
 
     def update(self, moments: Moments) -> Self:
         r"""Return the posterior of this prior.
@@ -385,10 +412,10 @@ class Tied(_Wishart):
         return torch.cat([constant, -2.0 * white @ self.whitener[0].T], dim=1)
 
     def squared_distance(self, x: Tensor, monomials: Tensor) -> Tensor:
-        distance = super().squared_distance(x, monomials)
-        if not self.ill.numel():
-            distance += (x @ self.whitener[0]).square().sum(-1)  # x' W x, the same for every k
-        return distance
+        if self.ill.numel():
+            return self.centred_distance(x - self.mean[:, None, :])
+        square = (x @ self.whitener[0]).square().sum(-1)  # x' W x, the same for every k
+        return self.coefficients @ monomials + square
 
     @classmethod
     def sums(cls, x: Tensor, monomials: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
