@@ -33,6 +33,8 @@ _MIN_STEPS, _MIN_EPOCHS, _MAX_STEPS = 2000, 20, 20_000
 # choose the epoch by chance.
 _MIN_ROWS_TO_HOLD_OUT = 1000
 _VALIDATION_DRAWS = 8
+# So many draws of a block of rows are decoded at a time, whatever their number.
+_DRAWS_PER_BLOCK = 64
 # A Gaussian's noise is at least the range of its feature over this. Ranges, not standard
 # deviations: a feature that is zero in all rows but few has a tiny one, and a network that learns
 # those rows by heart would call every other value impossible.
@@ -58,7 +60,7 @@ class _Model(NamedTuple):
     n_epochs: int  # made so far, over all calls: seeds the draws of the next one
 
     def on(self, device: torch.device, dtype: torch.dtype) -> VAE:
-        """Return the network in evaluation precision."""
+        """Return the network on `device` in `dtype`; its values are copies."""
         return restore(self.architecture, self.weights, device, dtype)
 
     def noise(self, n_draws: int, like: Tensor) -> Tensor:
@@ -100,8 +102,8 @@ class VAETransformer(
     beta : float, default=1.0
         Weight of the KL term in training (Higgins et al. 2017). Reported bounds have beta = 1.
     learning_rate_init : float, default=0.001
-        Step of Adam after a warm-up of 20 steps; `fit` anneals it to zero along a cosine over
-        its epochs, `partial_fit` keeps it.
+        Step of Adam after a warm-up of up to 20 steps in the first call; `fit` anneals it to zero
+        along a cosine over its epochs, `partial_fit` keeps it.
     batch_size : int or "auto", default="auto"
         Rows per step. "auto": 128, or 256 from 10000 training rows on.
     max_iter : int, default=None
@@ -125,8 +127,8 @@ class VAETransformer(
         Seeds the start, the minibatches, and the draws of training and of scoring. None takes
         fresh entropy; the global generators are neither read nor set.
     warm_start : bool, default=False
-        `fit` continues with the weights, the optimiser's moments, the units and the likelihood
-        of the previous fit.
+        `fit` continues with the weights, the optimiser's moments, the units, the likelihood and
+        the seed of the previous fit. The same X has the same rows held out again.
     verbose : int, default=0
         1 prints the bound every tenth epoch, 2 every epoch.
 
@@ -144,7 +146,7 @@ class VAETransformer(
         One per epoch with early stopping, else empty: the bound of the held-out rows with fixed
         draws, on the same scale (mean times the total weight of X).
     n_iter_ : int
-        Epochs of the last `fit`, or of all calls of `partial_fit`.
+        Epochs of the last `fit` and of the calls of `partial_fit` since.
     converged_ : bool
         True if early stopping ended the fit; if ``max_iter=None`` and its whole schedule was
         made; or if, without held-out rows, the last `n_iter_no_change` epochs gained less than
@@ -158,7 +160,7 @@ class VAETransformer(
         Gaussian only: the lower limit of `noise_std_`, a 300th of the feature's range in the
         first fit. A constant feature has unit variance instead, since nothing informs it.
     n_samples_seen_ : int
-        Rows of positive weight seen since the first fit.
+        Rows of positive weight in the last `fit` and in the calls of `partial_fit` since.
     n_features_in_ : int
     feature_names_in_ : ndarray of shape (n_features_in_,)
         Only if X had feature names that are all strings.
@@ -281,7 +283,7 @@ class VAETransformer(
         -----
         ConvergenceWarning
             If an explicit `max_iter` ended the fit before it had converged (see `converged_`);
-            and if features sit on the noise floor.
+            if features sit on the noise floor; and if no code is in use (see `active_units_`).
         """
         with self._all_or_nothing():
             door = self._door(X, reset=True, ensure_min_samples=2)
@@ -298,6 +300,7 @@ class VAETransformer(
                 weight,
                 door.device,
                 model,
+                n_before=0,
                 n_validation=n_validation,
                 batch_size=batch_size,
                 n_epochs=n_epochs,
@@ -308,12 +311,12 @@ class VAETransformer(
             self.converged_ = self.max_iter is None or descent.status is Status.CONVERGED
         if not self.converged_:
             warnings.warn(
-                f"Training was still making progress after max_iter={self.max_iter} epochs; "
-                "increase it, or use max_iter=None.",
+                f"max_iter={self.max_iter} epochs ended the fit before it had converged; "
+                "increase max_iter, or use max_iter=None.",
                 ConvergenceWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._warn_of_floor()
+        self._warn_of_degeneracy()
         return self
 
     @fit_context(prefer_skip_nested_validation=True)
@@ -349,11 +352,13 @@ class VAETransformer(
             weight = self._weights(sample_weight, door.X)
             X, weight = door.X[weight > 0], weight[weight > 0]
             history = [] if model is None else self.elbo_history_
+            n_before = 0 if model is None else self.n_samples_seen_
             self._train(
                 X,
                 weight,
                 door.device,
                 model,
+                n_before=n_before,
                 n_validation=0,
                 batch_size=self._batch_size(X.shape[0]),
                 n_epochs=1,
@@ -361,10 +366,11 @@ class VAETransformer(
                 patience=Patience(1, _TRAINING_TOL),
             )
             self.elbo_history_ = history + self.elbo_history_
-            self.n_iter_ = self._model.n_epochs
+            self.n_iter_ = len(self.elbo_history_)
             self.converged_ = False
         return self
 
+    @torch.inference_mode(False)  # gradients, whatever mode the caller is in
     def _train(
         self,
         X: np.ndarray,
@@ -372,6 +378,7 @@ class VAETransformer(
         device: torch.device,
         model: _Model | None,
         *,
+        n_before: int,
         n_validation: int,
         batch_size: int,
         n_epochs: int,
@@ -386,35 +393,39 @@ class VAETransformer(
                 )
             architecture = self._architecture(X.shape[1], self._likelihood_of(X))
             affine = _fitted_units(X, weight, architecture.likelihood)
-            seed, n_before, n_seen = draw_seed(self.random_state), 0, 0
+            seed, n_epochs_before = draw_seed(self.random_state), 0
         else:
             self._check_continues(model, X.shape[1])
             architecture, affine, seed = model.architecture, model.affine, model.seed
-            n_before, n_seen = model.n_epochs, self.n_samples_seen_
+            n_epochs_before = model.n_epochs
         _check_support(X, architecture.likelihood)
         _check_reach(X, affine, torch.float32)
-        n_seen += X.shape[0]
 
-        x, w = _resident(X, weight, affine, device)
-        generator = make_generator(_derive_seed(seed, n_before), device)
+        x = _resident(X, affine, device)
+        # Of the same X, a warm start holds the same rows out: they are never trained on.
+        generator = make_generator(_derive_seed(seed, 0), device)
         order = torch.randperm(X.shape[0], generator=generator, device=device)
         held_out, rows = order[:n_validation], order[n_validation:]
+        w = torch.tensor(weight, device=device)
+        for part in (held_out, rows):
+            w[part] = _of_mean_one(w[part])
         if model is None:
             net = build(architecture, device, torch.float32)
             floor = torch.from_numpy(_noise_floor(X, affine)).to(device)
             start.initialise(net, x[rows], w[rows], floor, generator)
         else:
             net = model.on(device, torch.float32)
+            generator = make_generator(_derive_seed(seed, n_epochs_before), device)
+        w = w.to(x.dtype)
         parameters = list(net.parameters())
         optimizer = adam(
             parameters, self.learning_rate_init, None if model is None else model.optimizer
         )
 
         def loss_and_bound(batch: Tensor) -> tuple[Tensor, Tensor]:
-            noise = torch.empty(len(batch), self.n_components, device=device)
-            noise.normal_(generator=generator)
+            noise = x.new_empty(len(batch), architecture.n_components).normal_(generator=generator)
             return objective.training_loss(
-                net, x[batch], w[batch], noise, beta=self.beta, n_rows=n_seen
+                net, x[batch], w[batch], noise, beta=self.beta, n_rows=n_before + len(rows)
             )
 
         total = float(weight.sum())
@@ -425,7 +436,7 @@ class VAETransformer(
             name = type(self).__name__
             announce_epoch(name, epoch, bound + per_row, validation, verbose=self.verbose)
 
-        noise = objective.shared_noise(_VALIDATION_DRAWS, self.n_components, seed).to(x)
+        noise = objective.shared_noise(_VALIDATION_DRAWS, architecture.n_components, seed).to(x)
         descent = descend(
             loss_and_bound,
             parameters,
@@ -451,9 +462,9 @@ class VAETransformer(
             export(net),
             export_state(optimizer),
             seed,
-            n_before + len(descent.history),
+            n_epochs_before + len(descent.history),
         )
-        self.n_samples_seen_ = n_seen
+        self.n_samples_seen_ = n_before + X.shape[0]
         self.elbo_history_ = [total * (bound + per_row) for bound in descent.history]
         self.validation_elbo_history_ = [
             total * (bound + per_row) for bound in descent.validation_history
@@ -463,7 +474,7 @@ class VAETransformer(
 
     def _publish(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
         """Set the attributes that follow from the network and the rows it was fitted to."""
-        self._n_features_out = self.n_components
+        self._n_features_out = self._model.architecture.n_components
         self.likelihood_ = self._model.architecture.likelihood
         if self.likelihood_ == "gaussian":
             likelihood = self._model.on(torch.device("cpu"), torch.float64).likelihood
@@ -489,7 +500,15 @@ class VAETransformer(
         spread = [weighted_mean(column, weight) for column in ((means - centre) ** 2).T]
         self.active_units_ = np.array(spread) > 0.01
 
-    def _warn_of_floor(self) -> None:
+    def _warn_of_degeneracy(self) -> None:
+        if not self.active_units_.any():
+            warnings.warn(
+                "No code is in use: the posterior of every row is the prior, and decoding ignores "
+                "it. Lower beta or raise max_iter; if that does not help, the features of X have "
+                "nothing in common that a code could explain.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
         if self.likelihood_ == "gaussian" and self._on_floor.size:
             warnings.warn(
                 f"The noise of features {self._on_floor.tolist()} is on its floor (a 300th "
@@ -497,7 +516,7 @@ class VAETransformer(
                 "floor the bound would grow for ever. Drop duplicated or collinear features, "
                 "lower n_components or hidden_layer_sizes, or read scores as relative to it.",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _architecture(self, n_features: int, likelihood: str) -> Architecture:
@@ -507,7 +526,8 @@ class VAETransformer(
                 f"hidden_layer_sizes={self.hidden_layer_sizes!r} must hold integers of at least 1."
             )
         hidden = tuple(int(size) for size in sizes)
-        return Architecture(n_features, self.n_components, hidden, self.activation, likelihood)
+        n_components = int(self.n_components)
+        return Architecture(n_features, n_components, hidden, self.activation, likelihood)
 
     def _likelihood_of(self, X: np.ndarray) -> str:
         if self.likelihood != "auto":
@@ -587,6 +607,11 @@ class VAETransformer(
         -------
         X : ndarray of shape (n_samples, n_features)
             In the dtype of Z.
+
+        Raises
+        ------
+        ValueError
+            If Z has another number of columns, or if the mean leaves the range of its dtype.
         """
         check_is_fitted(self)
         device = resolve_device(self.device, Z)
@@ -631,14 +656,13 @@ class VAETransformer(
             The code of each row.
         """
         check_is_fitted(self)
-        if not isinstance(n_samples, Integral) or n_samples < 1:
-            raise ValueError(f"n_samples={n_samples!r} must be an integer of at least 1.")
+        n_samples = _check_count(n_samples, "n_samples")
         seed = draw_seed(self.random_state if random_state is None else random_state)
         device = resolve_device(self.device)
         generator = make_generator(seed, device)
         net = self._model.on(device, torch.float64)
         k = self._model.architecture.n_components
-        z = torch.empty(int(n_samples), k, dtype=torch.float64, device=device)
+        z = torch.empty(n_samples, k, dtype=torch.float64, device=device)
         z.normal_(generator=generator)
         with torch.no_grad():
             blocks = z.split(block_rows(self._floats_per_draw(), device))
@@ -724,16 +748,15 @@ class VAETransformer(
             Nats.
         """
         check_is_fitted(self)
-        if not isinstance(n_importance, Integral) or n_importance < 1:
-            raise ValueError(f"n_importance={n_importance!r} must be an integer of at least 1.")
+        n_importance = _check_count(n_importance, "n_importance")
         X, device = self._checked(X)
-        draws = min(int(n_importance), 64)
 
         def evaluate(net: VAE, x: Tensor) -> tuple[Tensor]:
-            noise = self._model.noise(int(n_importance), x)
-            return (objective.log_predictive(net, x, noise, draws),)
+            noise = self._model.noise(n_importance, x)
+            return (objective.log_predictive(net, x, noise, _DRAWS_PER_BLOCK),)
 
-        (values,) = self._evaluate(X, device, draws * self._floats_per_draw(), evaluate)
+        floats_per_row = min(n_importance, _DRAWS_PER_BLOCK) * self._floats_per_draw()
+        (values,) = self._evaluate(X, device, floats_per_row, evaluate)
         return values.astype(np.float64) - self._model.affine.log_abs_det
 
     # -- the way to the network and back ----------------------------------------------------------
@@ -783,17 +806,26 @@ class VAETransformer(
                 block_rows(self._floats_per_draw(), device)
             )
             means = [to_numpy(net.likelihood.mean(net.decoder(z))) for z in blocks]
-        return self._original_units(np.concatenate(means)).astype(Z.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            X = self._original_units(np.concatenate(means)).astype(Z.dtype)
+        if not np.isfinite(X).all():
+            raise ValueError(
+                f"The decoder's mean leaves the range of {Z.dtype}. Pass codes of the order of one "
+                "(their prior is N(0, I)), as float64 if the units of X are large."
+            )
+        return X
 
     def _original_units(self, x: np.ndarray) -> np.ndarray:
         shift, scale = self._model.affine
         return x * scale + shift
 
     def _terms(self, X: np.ndarray, device: torch.device) -> ElboTerms[np.ndarray]:
-        def evaluate(net: VAE, x: Tensor) -> tuple[Tensor, ...]:
-            return objective.elbo_terms(net, x, self._model.noise(self.n_mc, x))
+        n_mc = _check_count(self.n_mc, "n_mc")  # may have been set since the fit
 
-        floats_per_row = self.n_mc * self._floats_per_draw()
+        def evaluate(net: VAE, x: Tensor) -> tuple[Tensor, ...]:
+            return objective.elbo_terms(net, x, self._model.noise(n_mc, x), _DRAWS_PER_BLOCK)
+
+        floats_per_row = min(n_mc, _DRAWS_PER_BLOCK) * self._floats_per_draw()
         terms = ElboTerms(
             *(v.astype(np.float64) for v in self._evaluate(X, device, floats_per_row, evaluate))
         )
@@ -811,6 +843,12 @@ class VAETransformer(
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+def _check_count(value: Any, name: str) -> int:
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+    return int(value)
 
 
 def _torch_dtype(array: np.ndarray) -> torch.dtype:
@@ -837,23 +875,24 @@ def _noise_floor(X: np.ndarray, affine: Affine) -> np.ndarray:
     return np.where(high > low, floor, 1.0)
 
 
-def _resident(
-    X: np.ndarray, weight: np.ndarray, affine: Affine, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return all rows in fitted units and weights of mean one, float32, on the device."""
+def _resident(X: np.ndarray, affine: Affine, device: torch.device) -> Tensor:
+    """Return all rows in fitted units, float32, on the device."""
     x = torch.empty(X.shape, dtype=torch.float32, device=device)
     for rows, block, _ in Rows(X, affine, torch.device("cpu")).blocks(X.shape[1]):
         x[rows] = block.to(device, torch.float32)
-    relative = weight / weight.max()
-    relative /= relative.mean()
-    return x, torch.from_numpy(relative).to(device, torch.float32)
+    return x
+
+
+def _of_mean_one(weight: Tensor) -> Tensor:
+    """Return positive weights of any magnitude, possibly none, as multiples of their mean."""
+    return weight / weight.sum() * len(weight)
 
 
 def _mean_bound(net: VAE, x: Tensor, weight: Tensor, rows: Tensor, noise: Tensor) -> Tensor:
     """Return the weighted mean bound of some resident rows, in fitted units."""
     total = weight.new_zeros(())
     for block in rows.split(block_rows(noise.shape[0] * x.shape[1], x.device)):
-        terms = objective.elbo_terms(net, x[block], noise)
+        terms = objective.elbo_terms(net, x[block], noise, len(noise))
         total += weight[block] @ (terms.reconstruction - terms.kl)
     return total / weight[rows].sum()
 

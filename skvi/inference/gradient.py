@@ -67,8 +67,9 @@ def adam(
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     if state:
         tensors = {
-            i: {name: torch.as_tensor(value) for name, value in entry.items()}
-            for i, entry in enumerate(state)
+            # Copies: Adam updates its moments in place, and `state` may be memory-mapped.
+            i: {name: torch.tensor(value, device=p.device) for name, value in entry.items()}
+            for i, (p, entry) in enumerate(zip(parameters, state, strict=True))
         }
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": tensors, "param_groups": groups})
@@ -182,7 +183,7 @@ def descend(
     halvings = 0
     history: list[float] = []
     validation: list[float] = []
-    best = last_good = _Snapshot(parameters, optimizer)
+    best = good_best = last_good = _Snapshot(parameters, optimizer)
     good_epochs = 0
     while len(history) < n_epochs:
         total = rows.new_zeros((), dtype=parameters[0].dtype)
@@ -204,6 +205,7 @@ def descend(
 
         if not all(math.isfinite(value) for value in read):
             last_good.restore(parameters, optimizer)
+            best = good_best
             del history[good_epochs:], validation[good_epochs:]
             halvings += 1
             if halvings > _MAX_HALVINGS:
@@ -217,6 +219,7 @@ def descend(
         report(len(history), read[0], read[1] if validate is not None else None)
         if (len(history) - good_epochs) * n_batches >= _SNAPSHOT_STEPS:
             last_good, good_epochs = _Snapshot(parameters, optimizer), len(history)
+            good_best = best
         if patience.exhausted(validation):
             break
     for group, rate in zip(optimizer.param_groups, base_rate, strict=True):

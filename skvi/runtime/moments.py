@@ -6,15 +6,18 @@ import numpy as np
 
 from skvi.runtime.blocks import power_of_two, row_slices
 
-_BLOCK_FLOATS = 1 << 18
+_BLOCK_FLOATS = 1 << 17
+_SAMPLE_ROWS = 1024
+_MAX_REPEATS = 4
 
 
 def weighted_moments(X: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the weighted mean and (biased) standard deviation of each column, in float64.
 
-    Three passes over row blocks: range, mean, spread. Every sum is taken over numbers of order
-    one, so that neither 1e150 overflows nor 1e-150 vanishes when squared, and an offset of 1e8
-    costs no digits of the spread.
+    One pass over row blocks for the range and, as a rule, one for both moments. Sums are taken
+    over deviations from a provisional mean in units of the range, so that neither 1e150 overflows
+    nor 1e-150 vanishes when squared, and an offset of 1e8 costs no digits of the spread. Where
+    the provisional mean turns out to be far off, the second pass is repeated about the better one.
 
     Parameters
     ----------
@@ -28,32 +31,31 @@ def weighted_moments(X: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.
     mean, std : ndarray of shape (D,)
     """
     weight = weight / weight.max()
-    total = weight.sum()
+    weight = weight / weight.sum()
+    rows_per_block = max(64, _BLOCK_FLOATS // max(1, X.shape[1]))
 
-    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for rows in row_slices(X.shape[0], max(64, _BLOCK_FLOATS // max(1, X.shape[1]))):
-            yield X[rows].astype(np.float64), weight[rows]
+    def blocks() -> Iterator[slice]:
+        return row_slices(X.shape[0], rows_per_block)
 
-    def sum_over_blocks(column_sums: Iterator[np.ndarray]) -> np.ndarray:
-        result = np.zeros(X.shape[1])
-        for sums in column_sums:
-            result += sums
-        return result
+    low = np.min([X[rows].min(axis=0) for rows in blocks()], axis=0).astype(np.float64)
+    high = np.max([X[rows].max(axis=0) for rows in blocks()], axis=0).astype(np.float64)
+    unit = power_of_two(0.5 * high - 0.5 * low)
+    spread = high > low  # a constant column gets no spread from the rounding of its mean
 
-    largest = np.zeros(X.shape[1])
-    first = X[0].astype(np.float64)
-    constant = np.ones(X.shape[1], dtype=bool)
-    for x, _ in blocks():
-        np.maximum(largest, np.abs(x).max(axis=0), out=largest)
-        constant &= (x == first).all(axis=0)
-    unit = power_of_two(largest)
-    mean = unit * sum_over_blocks(w @ (x / unit) for x, w in blocks()) / total
-    # Rounding of the mean must not give a constant column a spread of its own.
-    mean = np.where(constant, first, mean)
-
-    spread = np.zeros(X.shape[1])
-    for x, _ in blocks():
-        np.maximum(spread, np.abs(x - mean).max(axis=0), out=spread)
-    unit = power_of_two(spread)
-    variance = sum_over_blocks(w @ ((x - mean) / unit) ** 2 for x, w in blocks()) / total
-    return mean, unit * np.sqrt(variance)
+    sample = np.linspace(0, X.shape[0] - 1, min(X.shape[0], _SAMPLE_ROWS), dtype=np.intp)
+    mean = low + unit * (((X[sample].astype(np.float64) - low) / unit).mean(axis=0))
+    for _ in range(_MAX_REPEATS):
+        first, second = np.zeros(X.shape[1]), np.zeros(X.shape[1])
+        for rows in blocks():
+            deviation = X[rows] - mean
+            deviation /= unit
+            first += weight[rows] @ deviation
+            np.square(deviation, out=deviation)
+            second += weight[rows] @ deviation
+        mean = np.where(spread, mean + unit * first, low)
+        # first^2 / second is the share of the sum of squares that the shift explains: below a
+        # half, taking it out costs less than a digit.
+        if (np.square(first) <= 0.5 * second).all():
+            break
+    std = unit * np.sqrt(np.maximum(second - np.square(first), 0.0))
+    return mean, np.where(spread, std, 0.0)

@@ -5,6 +5,7 @@ import math
 import pickle
 import warnings
 
+import joblib
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -24,6 +25,7 @@ from sklearn.preprocessing import StandardScaler
 
 from skvi.estimators import vae as module
 from skvi.estimators.vae import VAETransformer
+from skvi.inference.gradient import descend
 
 
 def _short(**params):
@@ -202,6 +204,15 @@ def test_inverse_transform_checks_the_width_of_codes(fitted):
         fitted.inverse_transform(np.zeros((3, 5)))
 
 
+def test_codes_out_of_reach_are_an_error(fitted, iris):
+    with pytest.raises(ValueError, match="range of float64"):
+        fitted.inverse_transform(np.full((1, 2), 1.7e308))
+    large = _fit(_short(), iris * 1e60)
+    assert np.isfinite(large.inverse_transform(np.zeros((1, 2)))).all()
+    with pytest.raises(ValueError, match=r"range of float32.*as float64"):
+        large.inverse_transform(np.zeros((1, 2), dtype=np.float32))
+
+
 def test_a_bernoulli_model_speaks_of_probabilities(fitted_binary, binary):
     assert fitted_binary.likelihood_ == "bernoulli"
     assert not hasattr(fitted_binary, "noise_std_")
@@ -273,12 +284,83 @@ def test_weights_of_zero_remove_rows_and_a_common_factor_changes_nothing(iris):
     assert some.score(iris, sample_weight=weight) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.fixture
+def steps(monkeypatch):
+    """The arguments of every step's loss: (weights, number of training rows)."""
+    steps = []
+    training_loss = module.objective.training_loss
+
+    def record(net, x, weight, noise, *, beta, n_rows):
+        steps.append((weight, n_rows))
+        return training_loss(net, x, weight, noise, beta=beta, n_rows=n_rows)
+
+    monkeypatch.setattr(module.objective, "training_loss", record)
+    return steps
+
+
+def test_weights_have_mean_one_over_the_rows_that_are_trained_on(iris, steps):
+    weight = np.random.default_rng(0).pareto(1.0, size=150) + 0.01
+    held_out = {"early_stopping": True, "validation_fraction": 0.3}
+    _fit(_short(max_iter=1, **held_out), iris, sample_weight=weight)
+    assert torch.cat([w for w, _ in steps]).mean() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_the_prior_of_the_curvature_counts_the_rows_that_are_trained_on(iris, steps):
+    vae = _fit(_short(early_stopping=True, validation_fraction=0.3, warm_start=True), iris)
+    _fit(vae, iris)
+    assert {n_rows for _, n_rows in steps} == {105}
+    assert vae.n_samples_seen_ == 150
+    steps.clear()
+    vae.partial_fit(iris[:50])
+    assert {n_rows for _, n_rows in steps} == {200}
+    assert vae.n_samples_seen_ == 200
+
+
+def test_weights_below_the_range_of_float32_are_no_obstacle():
+    X = np.random.default_rng(0).normal(size=(6000, 3))
+    weight = np.full(6000, 1e-60)
+    weight[[0, 5]] = 1.0
+    X[weight < 1.0] *= 0.1
+    vae = _fit(_short(max_iter=1, early_stopping=False), X, sample_weight=weight)
+    assert np.isfinite(vae.elbo_)
+
+
 def test_fitted_state_is_numpy_and_survives_pickle_and_clone(fitted, iris):
     again = pickle.loads(pickle.dumps(fitted))
     np.testing.assert_array_equal(again.score_samples(iris), fitted.score_samples(iris))
     np.testing.assert_array_equal(copy.deepcopy(fitted).transform(iris), fitted.transform(iris))
     assert b"torch" not in pickle.dumps(fitted)
     assert not hasattr(clone(fitted), "elbo_")
+
+
+def test_a_memory_mapped_model_can_be_read_and_continued(iris, tmp_path):
+    """Joblib maps big arrays read-only into its workers; the warnings of torch are errors here."""
+    vae = _short().partial_fit(iris)
+    joblib.dump(vae, tmp_path / "vae.joblib")
+    mapped = joblib.load(tmp_path / "vae.joblib", mmap_mode="r")
+    assert not mapped._model.weights["decoder.linear.weight"].flags.writeable
+    np.testing.assert_array_equal(mapped.transform(iris), vae.transform(iris))
+    assert mapped.partial_fit(iris).elbo_ == vae.partial_fit(iris).elbo_
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_fit_does_not_depend_on_torchs_global_settings(iris, mode):
+    expected = _fit(_short(), iris).elbo_
+    with mode():
+        assert _fit(_short(), iris).elbo_ == expected
+    torch.set_default_device("meta")
+    try:
+        vae = _fit(_short(device="cpu", warm_start=True), iris)
+        assert vae.elbo_ == expected
+        assert np.isfinite(_fit(vae, iris).sample(2)[0]).all()
+    finally:
+        torch.set_default_device(None)
+    torch.set_default_dtype(torch.float64)
+    try:
+        # Adam counts its steps in the default dtype.
+        assert _fit(_short(), iris).elbo_ == pytest.approx(expected, rel=1e-9)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # -- continuing -----------------------------------------------------------------------------------
@@ -323,13 +405,34 @@ def test_warm_start_goes_on_from_where_it_was(iris):
         vae.set_params(n_components=3).fit(iris)
 
 
+def test_a_warm_start_holds_out_the_same_rows(iris, monkeypatch):
+    rows = []
+
+    def record(objective, parameters, optimizer, training_rows, **options):
+        rows.append(training_rows.sort().values)
+        return descend(objective, parameters, optimizer, training_rows, **options)
+
+    monkeypatch.setattr(module, "descend", record)
+    _fit(_fit(_short(warm_start=True, early_stopping=True), iris), iris)
+    assert len(rows[0]) == 135
+    assert torch.equal(rows[0], rows[1])
+
+
+def test_histories_and_counts_agree_whatever_came_before(iris):
+    vae = _fit(_fit(_short(warm_start=True), iris), iris)
+    assert vae.n_iter_ == len(vae.elbo_history_) == 3
+    vae.partial_fit(iris)
+    assert vae.n_iter_ == len(vae.elbo_history_) == 4
+
+
 # -- convergence ----------------------------------------------------------------------------------
 
 
 def test_an_explicit_max_iter_that_is_reached_warns(iris):
-    with pytest.warns(ConvergenceWarning, match="max_iter=3"):
+    with pytest.warns(ConvergenceWarning, match="max_iter=3") as record:
         vae = _short().fit(iris)
     assert not vae.converged_
+    assert record[0].filename == __file__
 
 
 def test_early_stopping_ends_the_fit_at_its_best_epoch(iris):
@@ -342,7 +445,9 @@ def test_early_stopping_ends_the_fit_at_its_best_epoch(iris):
 
 
 def test_beta_presses_codes_to_the_prior(iris):
-    vae = _fit(_short(beta=100.0, max_iter=300, learning_rate_init=0.03), iris)
+    vae = _short(beta=100.0, max_iter=300, learning_rate_init=0.03)
+    with pytest.warns(ConvergenceWarning, match=r"No code is in use.*Lower beta"):
+        vae.fit(iris)
     assert vae.elbo_terms(iris).kl.mean() < 0.05
     assert not vae.active_units_.any()
 
@@ -350,8 +455,9 @@ def test_beta_presses_codes_to_the_prior(iris):
 def test_features_on_the_noise_floor_are_named(iris):
     X = np.c_[iris, iris[:, 2]]
     vae = _short(n_components=4, max_iter=None, learning_rate_init=0.005)
-    with pytest.warns(ConvergenceWarning, match=r"\[2, 4\] is on its floor"):
+    with pytest.warns(ConvergenceWarning, match=r"\[2, 4\] is on its floor") as record:
         vae.fit(X)
+    assert record[0].filename == __file__
     assert (vae.noise_std_ > vae.noise_floor_).all()
 
 
@@ -371,6 +477,30 @@ def test_a_failed_or_interrupted_fit_leaves_the_estimator_as_it_was(fitted, iris
         fresh.fit(iris)
     with pytest.raises(NotFittedError):
         fresh.transform(iris)
+
+
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+def test_an_interruption_between_two_steps_changes_nothing(iris, monkeypatch, method):
+    vae = _fit(_short(warm_start=True), iris)
+    before = copy.deepcopy(vae._model)
+    training_loss = module.objective.training_loss
+    n_steps = 0
+
+    def interrupt_the_second(*args, **kwargs):
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps == 2:
+            raise KeyboardInterrupt
+        return training_loss(*args, **kwargs)
+
+    monkeypatch.setattr(module.objective, "training_loss", interrupt_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(vae, method)(iris)
+    for name, value in before.weights.items():
+        np.testing.assert_array_equal(vae._model.weights[name], value)
+    for ours, expected in zip(vae._model.optimizer, before.optimizer, strict=True):
+        for name, value in expected.items():
+            np.testing.assert_array_equal(ours[name], value)
 
 
 def test_a_diverging_fit_is_an_error_and_leaves_no_attributes(iris):
@@ -492,6 +622,39 @@ def test_wrong_parameters_are_errors_that_name_them(iris, params):
         _short(**params).fit(iris)
     with pytest.raises(ValueError, match="n_importance"):
         _fit(_short(), iris).log_predictive(iris, n_importance=0)
+    with pytest.raises(ValueError, match="n_mc=0 must be an integer"):
+        _fit(_short(), iris).set_params(n_mc=0).score(iris)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"activation": "relu"},
+        {"activation": "tanh"},
+        {"activation": "logistic"},
+        {"hidden_layer_sizes": 8},
+        {"hidden_layer_sizes": [6, 4]},
+        {"hidden_layer_sizes": ()},
+        {"beta": 0.0},
+        {"batch_size": 7},
+        {"learning_rate_init": 0.01},
+        {"validation_fraction": 0.4},
+        {"n_components": 9},
+        {"n_mc": 1},
+    ],
+    ids=str,
+)
+def test_every_option_reaches_the_fit(iris, params):
+    common = {"max_iter": 20, "early_stopping": True, "hidden_layer_sizes": (5,)}
+    plain, other = _fit(_short(**common), iris), _fit(_short(**common | params), iris)
+    assert np.isfinite(other.elbo_)
+    assert other.elbo_ != plain.elbo_
+    assert other.log_predictive(iris, 100).mean() > -6.0
+
+
+def test_batch_size_counts_rows_per_step(iris, steps):
+    _fit(_short(batch_size=40, max_iter=1), iris)
+    assert sorted(len(weight) for weight, _ in steps) == [37, 37, 38, 38]
 
 
 # -- containers and composition -------------------------------------------------------------------
@@ -526,6 +689,13 @@ def test_verbose_prints_one_line_an_epoch(iris, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("[VAETransformer] epoch 1: ELBO ")
+    _fit(_short(verbose=1, max_iter=21, early_stopping=True), iris)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "[VAETransformer] epoch 10",
+        "[VAETransformer] epoch 20",
+    ]
+    assert all(", validation " in line for line in lines)
 
 
 def test_every_device(device, iris, binary):

@@ -1,5 +1,6 @@
 """The gradient loop on small losses whose answers are known."""
 
+import copy
 import itertools
 import math
 
@@ -140,6 +141,37 @@ def test_a_non_finite_loss_restores_the_last_good_state_and_halves_the_step():
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
+def test_a_restart_forgets_the_best_of_the_epochs_that_it_takes_back():
+    p = _parameter(0.0)
+    n_steps = 0
+
+    def objective(batch):
+        nonlocal n_steps
+        n_steps += 1
+        loss = -(p * (math.nan if n_steps == 300 else 1.0)).sum()
+        return loss, -loss.detach()
+
+    # Epochs of 50 steps: the sixth fails and takes back the fifth, after the snapshot at step 200.
+    bounds = iter([5.0, 1.0, 2.0, 3.0, 10.0, 0.0, 1.5, 2.5, 3.5])
+    parameter_at = {}
+
+    def validate():
+        bound = next(bounds)
+        parameter_at[bound] = float(p.detach())
+        return torch.tensor(bound)
+
+    result = _descend(
+        objective,
+        p,
+        batch_size=1,
+        n_epochs=7,
+        schedule=Schedule(0, anneal=False),
+        validate=validate,
+    )
+    assert result.validation_history == [5.0, 1.0, 2.0, 3.0, 1.5, 2.5, 3.5]
+    assert float(p.detach()) == parameter_at[5.0]
+
+
 def test_a_loss_that_stays_non_finite_is_a_status_and_leaves_good_parameters():
     p = _parameter(1.0)
 
@@ -177,9 +209,13 @@ def test_an_exported_optimiser_continues_exactly():
     q = _parameter()
     first = adam([q], 0.1)
     _descend(_least_squares(q, y), q, optimizer=first, seed=1, **constant)
-    second = adam([q], 0.1, export_state(first))
+    exported = export_state(first)
+    kept = copy.deepcopy(exported)
+    second = adam([q], 0.1, exported)
     _descend(_least_squares(q, y), q, optimizer=second, seed=2, **constant)
     assert torch.equal(p, q)
+    # whoever exported the state still has it
+    assert exported == kept
 
 
 def test_the_schedule_warms_up_and_anneals_to_zero():

@@ -119,6 +119,21 @@ class TestMoments:
         assert_array_equal(mean, [0.1, 0.1])
         assert_array_equal(std, [0.0, 0.0])
 
+    def test_a_misleading_sample_and_lone_heavy_rows_cost_no_digits(self):
+        X = np.concatenate([np.full(5000, 1e6), np.linspace(0.0, 1.0, 5000)])[:, None]
+        weight = np.concatenate([np.full(5000, 1e-15), np.ones(5000)])
+        mean, std = weighted_moments(X, weight)
+        centre = np.average(X[:, 0], weights=weight)
+        assert_allclose(mean, centre, rtol=1e-12)
+        expected = np.sqrt(np.average((X[:, 0] - centre) ** 2, weights=weight))
+        assert_allclose(std, expected, rtol=1e-9)
+
+    def test_float32_is_taken_in_float64(self):
+        X = (np.float32(1e4) + np.linspace(0, 1, 1000, dtype=np.float32))[:, None]
+        mean, std = weighted_moments(X, np.ones(1000))
+        assert_allclose(mean, X.astype(float).mean(), rtol=1e-14)
+        assert_allclose(std, X.astype(float).std(), rtol=1e-10)
+
     def test_blocks_do_not_matter(self, monkeypatch, rng):
         X, weight = rng.normal(size=(1000, 2)), rng.uniform(size=1000)
         whole = weighted_moments(X, weight)

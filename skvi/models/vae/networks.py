@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
-# log var of q(z|x) stays strictly between -21 and 3: far below any useful precision, and not so far
+# log var of q(z|x) stays between -21 and 3: far below any useful precision, and not so far
 # above the prior's variance that a stray row could throw its draws out of the decoder's reach.
 _LOG_VAR_CENTRE, _LOG_VAR_RADIUS = -9.0, 12.0
 
@@ -148,7 +148,10 @@ def restore(
 ) -> VAE:
     """Return a network with stored `weights`, converted to `dtype`."""
     model = build(architecture, device, dtype)
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    # torch.tensor copies: a memory-mapped array may be read-only, which torch does not support.
+    model.load_state_dict(
+        {name: torch.tensor(value, device=device) for name, value in weights.items()}
+    )
     return model
 
 

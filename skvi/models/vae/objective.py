@@ -38,7 +38,7 @@ def shared_noise(n_draws: int, n_components: int, seed: int) -> Tensor:
     return torch.cat([half, -half])[:n_draws]
 
 
-def elbo_terms(model: VAE, x: Tensor, noise: Tensor) -> ElboTerms[Tensor]:
+def elbo_terms(model: VAE, x: Tensor, noise: Tensor, draws_per_block: int) -> ElboTerms[Tensor]:
     r"""Return the terms of the bound, per row.
 
     .. math::
@@ -54,7 +54,9 @@ def elbo_terms(model: VAE, x: Tensor, noise: Tensor) -> ElboTerms[Tensor]:
     x : Tensor of shape (B, D)
         In fitted units.
     noise : Tensor of shape (S, k)
-        Shared by the rows, or (1, B, k) with draws of their own.
+        Shared by the rows.
+    draws_per_block : int
+        Bounds the memory: B times this many rows are decoded at a time.
 
     Returns
     -------
@@ -62,9 +64,12 @@ def elbo_terms(model: VAE, x: Tensor, noise: Tensor) -> ElboTerms[Tensor]:
         Nats, densities in fitted units.
     """
     mean, log_var = model.posterior(x)  # (B, k)
-    noise = noise[:, None, :] if noise.ndim == 2 else noise
-    z = mean + (0.5 * log_var).exp() * noise  # (S, B, k)
-    reconstruction = model.likelihood.log_prob(x, model.decoder(z)).mean(0)  # (B,)
+    std = (0.5 * log_var).exp()
+    total = x.new_zeros(x.shape[0])
+    for draws in row_slices(noise.shape[0], draws_per_block):
+        z = mean + std * noise[draws, None, :]  # (S, B, k)
+        total += model.likelihood.log_prob(x, model.decoder(z)).sum(0)
+    reconstruction = total / noise.shape[0]  # (B,)
     kl = normal.kl_standard(mean, log_var).sum(-1)
     # E_q log p(z) = -1/2 sum_k (log 2 pi + mu^2 + sigma^2)
     E_log_prior = -0.5 * (normal.LOG_2PI + mean.square() + log_var.exp()).sum(-1)
@@ -94,7 +99,7 @@ def training_loss(
     beta : float
         Weight of the KL (Higgins et al. 2017); 1 is the bound.
     n_rows : int
-        N, the number of training rows.
+        N, the number of training rows, without those held out.
 
     Returns
     -------

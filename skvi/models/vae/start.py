@@ -101,13 +101,13 @@ def initialise(
         Training rows in fitted units. Factor analysis uses the first few thousand: they must come
         in no particular order.
     weight : Tensor of shape (N,)
-        Positive.
+        Positive, float64: a float32 may be zero in all rows that factor analysis uses.
     noise_floor : Tensor of shape (D,)
         Lower limits of a Gaussian's variances, in fitted units.
     generator : torch.Generator
     """
     largest = x.abs().amax(0)  # (D,)
-    x, weight = x[:_MAX_ROWS].double(), weight[:_MAX_ROWS].double()
+    x, weight = x[:_MAX_ROWS].double(), weight[:_MAX_ROWS]
     weight = weight / weight.max()
     weight = weight / weight.sum()
     mean = weight @ x  # (D,)
