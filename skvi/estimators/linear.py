@@ -120,7 +120,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     warm_start : bool, default=False
         Continue from the weight precisions of the previous fit.
     verbose : int, default=0
-        1 prints the bound every tenth pass, 2 every pass.
+        1 prints the bound every tenth pass and at convergence, 2 every pass.
 
     Attributes
     ----------
@@ -129,8 +129,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     intercept_ : float or ndarray of shape (n_outputs,)
         Posterior mean of b; 0 without an intercept.
     coef_cov_ : ndarray of shape (n_features, n_features) or (n_outputs, n_features, n_features)
-        Posterior covariance of w, ``V b / (a - 1)``; built when asked for. With a <= 1 it does
-        not exist, which is a ValueError.
+        Posterior covariance of w, ``V b / (a - 1)``; built when asked for. With a <= 1 there is
+        no such attribute.
     coef_std_ : ndarray, shape of `coef_`
         Posterior standard deviations of w; infinite with a <= 1.
     coef_snr_ : ndarray, shape of `coef_`
@@ -358,7 +358,9 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         # densities of y in its own units
         log_units = -statistics.n_observed * y.log_abs_det
         first = evaluate(statistics, prior, alpha)
-        monitor = Monitor(self.tol, scale=statistics.total, verbose=self.verbose, name="linear")
+        monitor = Monitor(
+            self.tol, scale=statistics.total, verbose=self.verbose, name="BayesianLinearVI"
+        )
         smallest_rise = self.tol * statistics.total / len(alpha)
 
         def step(state: State) -> tuple[State, float]:
@@ -445,7 +447,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     def coef_cov_(self) -> np.ndarray:
         """Posterior covariance of w."""
         check_is_fitted(self)
-        self._require_variance()
+        # hasattr and notebooks, which look at every attribute, pass over an AttributeError only
+        self._require_variance(AttributeError)
         model = self._model
         posterior = _as_tensors(model.posterior, "cpu")
         scale = predictive.noise_variance(posterior).sqrt()[:, None, None]
@@ -702,10 +705,10 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
     # -- helpers ----------------------------------------------------------------------------------
 
-    def _require_variance(self) -> None:
+    def _require_variance(self, error: type[Exception] = ValueError) -> None:
         shape = float(self._model.posterior.noise_shape)
         if shape <= 1.0:
-            raise ValueError(
+            raise error(
                 f"The predictive Student-t has {2.0 * shape:g} degrees of freedom, and with 2 or "
                 "fewer it has no variance. Fit on more rows (about three more than the intercept "
                 "takes), or choose a larger noise_shape and noise_rate."

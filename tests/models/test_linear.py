@@ -494,6 +494,43 @@ def test_collinear_columns_with_hardly_any_prior_are_finite(rng):
         assert value.isfinite().all()
 
 
+def _near_twins(rng, gap):
+    """Two columns that differ by `gap`, so that the rows have a condition number of 1 / gap."""
+    problem = _problem(rng, 30, 4)
+    problem.X[:, 1] = problem.X[:, 0] + gap * rng.normal(size=30)
+    return problem
+
+
+def test_a_prior_that_the_rows_outweigh_takes_the_slow_exact_way(rng, monkeypatch):
+    statistics = _near_twins(rng, 1e-5).statistics()
+    alpha = torch.full((1, 4), 1e-10, dtype=torch.float64)
+    exact = weights._solve_svd(statistics, alpha)
+    torch.testing.assert_close(weights.solve(statistics, alpha).norm, exact.norm, rtol=1e-9, atol=0)
+    monkeypatch.setattr(weights, "_EXTREME", math.inf)
+    error = (weights.solve(statistics, alpha).norm / exact.norm - 1.0).abs().max()
+    assert error > 1e-8
+
+
+def test_refinement_keeps_the_digits_of_ill_conditioned_coefficients(rng):
+    """The Gram matrix alone loses digits with the square of the condition number."""
+    noisy = _near_twins(rng, 1e-5)
+    perfect = noisy._replace(y=noisy.X @ rng.normal(size=(4, 1)))
+
+    def reduce(problem, by):
+        units = Affine(np.zeros(4), np.ones(4)), Affine(np.zeros(1), np.ones(1))
+        x, y = (
+            Rows(array, affine, torch.device("cpu"), problem.s)
+            for array, affine in zip((problem.X, problem.y), units, strict=True)
+        )
+        statistics = by(x, y, True)
+        coef = statistics.basis @ (statistics.target[0] / statistics.spectrum.sqrt())
+        return coef, float(statistics.residual)
+
+    coef, _ = reduce(noisy, reduction._by_gram)
+    torch.testing.assert_close(coef, reduce(noisy, reduction._by_svd)[0], rtol=1e-8, atol=0.0)
+    assert reduce(perfect, reduction._by_gram)[1] < 1e-26
+
+
 def test_residuals_keep_their_digits_at_r2_of_one(rng):
     """yy - h'w would return rounding of order 1e-16 yy, ten times the true residual here."""
     X = rng.normal(size=(200, 5)) + 100.0

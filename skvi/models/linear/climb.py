@@ -158,8 +158,8 @@ def start(statistics: Statistics, prior: Prior) -> Tensor:
 def coordinate_update(statistics: Statistics, prior: Prior, state: State) -> Tensor:
     """Return E[alpha] under the best q(alpha) given the rest, shape (M, H).
 
-    ``(2 c0 + p_g) / (2 d0 + E[beta] ||m_g||^2 + tr V_gg)``: Bishop (2006), equations 10.95 and
-    10.96, with the prior of the weights scaled by the noise.
+    ``(2 c0 + p_g) / (2 d0 + E[beta] ||m_g||^2 + tr V_gg)``: Bishop (2006), equations 10.94 and
+    10.95, with the prior of the weights scaled by the noise.
     """
     assert prior.weight is not None
     weights, size = state.weights, group_size(statistics, state.alpha)
