@@ -1,7 +1,7 @@
 """Variational inference for scikit-learn users.
 
 Estimators that fit, transform, sample and score by the evidence lower bound (ELBO), in nats, with
-every constant: ``score(X)`` is the mean over rows of a lower bound on ``log p(x)``.
+every constant: ``score(X)`` is the mean bound of a row, never above its log predictive density.
 """
 
 from skvi.estimators.gmm import VariationalGMM

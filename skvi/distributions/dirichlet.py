@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def log_normaliser(concentration: Tensor) -> Tensor:
-    """``log B(a) = sum_k log Gamma(a_k) - log Gamma(sum_k a_k)``; (..., K) -> (...)."""
-    return torch.lgamma(concentration).sum(-1) - torch.lgamma(concentration.sum(-1))
+from skvi.distributions.special import log_gamma_divergence
 
 
 def mean(concentration: Tensor) -> Tensor:
@@ -20,14 +17,10 @@ def expected_log(concentration: Tensor) -> Tensor:
     return torch.digamma(concentration) - torch.digamma(total)
 
 
-def entropy(concentration: Tensor) -> Tensor:
-    """``H = log B(a) - sum_k (a_k - 1) E[log pi_k]``."""
-    weighted = (concentration - 1.0) * expected_log(concentration)
-    return log_normaliser(concentration) - weighted.sum(-1)
-
-
 def kl(concentration: Tensor, concentration0: Tensor) -> Tensor:
-    """``KL(Dir(a) || Dir(a0)) = log B(a0) - log B(a) + sum_k (a_k - a0_k) E[log pi_k]``."""
-    difference = (concentration - concentration0) * expected_log(concentration)
-    normalisers = log_normaliser(concentration0) - log_normaliser(concentration)
-    return normalisers + difference.sum(-1)
+    """``KL(Dir(a) || Dir(a0)) = sum_k D(a0_k, a_k) - D(sum a0, sum a)``; (..., K) -> (...).
+
+    D is the Bregman divergence of log Gamma, so that nothing large is subtracted.
+    """
+    each = log_gamma_divergence(concentration0, concentration).sum(-1)
+    return each - log_gamma_divergence(concentration0.sum(-1), concentration.sum(-1))

@@ -6,6 +6,8 @@ r"""Gamma distribution, always (shape, rate).
 import torch
 from torch import Tensor
 
+from skvi.distributions.special import log_gamma_divergence, log_ratio, ratio_divergence
+
 
 def mean(shape: Tensor, rate: Tensor) -> Tensor:
     """``E[x] = a / b``."""
@@ -17,26 +19,17 @@ def expected_log(shape: Tensor, rate: Tensor) -> Tensor:
     return torch.digamma(shape) - rate.log()
 
 
-def expected_log_density(E_x: Tensor, E_log_x: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
-    """``E log Gam(x | a, b)`` under any law of x with the given ``E[x]`` and ``E[log x]``."""
-    return shape * rate.log() - torch.lgamma(shape) + (shape - 1.0) * E_log_x - rate * E_x
-
-
-def entropy(shape: Tensor, rate: Tensor) -> Tensor:
-    """``H[Gam(a, b)] = a - log b + log Gamma(a) + (1 - a) psi(a)``."""
-    return shape - rate.log() + torch.lgamma(shape) + (1.0 - shape) * torch.digamma(shape)
-
-
 def kl(shape: Tensor, rate: Tensor, shape0: Tensor, rate0: Tensor) -> Tensor:
-    """``KL(Gam(a, b) || Gam(a0, b0))``, elementwise.
+    r"""``KL(Gam(a, b) || Gam(a0, b0))``, elementwise.
 
-    Written in the differences ``a - a0`` and the ratio ``b0 / b`` so that it is exactly 0 at
-    equality and does not subtract the large entropies of concentrated laws.
+    .. math::
+        D_{\log\Gamma}(a_0, a) + a (r - 1 - \log r) + (a - a_0) \log r, \qquad r = b_0 / b
+
+    Exactly 0 at equality, and right for concentrated laws, whose log densities are large.
     """
-    ratio = rate0 / rate
+    _, log = log_ratio(rate0, rate)
     return (
-        (shape - shape0) * torch.digamma(shape)
-        - (torch.lgamma(shape) - torch.lgamma(shape0))
-        - shape0 * ratio.log()
-        + shape * (ratio - 1.0)
+        log_gamma_divergence(shape0, shape)
+        + shape * ratio_divergence(rate0, rate)
+        + (shape - shape0) * log
     )

@@ -19,7 +19,8 @@ def _as_dirichlet(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _exclusive_cumsum(x: Tensor) -> Tensor:
-    return x.cumsum(-1) - x
+    """Sum of what comes before; not ``cumsum - x``, which an x far larger than the rest rounds."""
+    return torch.cat([torch.zeros_like(x[..., :1]), x[..., :-1].cumsum(-1)], dim=-1)
 
 
 def expected_log(a: Tensor, b: Tensor) -> Tensor:
@@ -33,11 +34,6 @@ def log_mean(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     log_total = (a + b).log()
     log_rest = b.log() - log_total
     return a.log() - log_total + _exclusive_cumsum(log_rest), log_rest.sum(-1)
-
-
-def entropy(a: Tensor, b: Tensor) -> Tensor:
-    """Entropy of the sticks: the sum of the Beta entropies."""
-    return dirichlet.entropy(_as_dirichlet(a, b)).sum(-1)
 
 
 def kl(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> Tensor:

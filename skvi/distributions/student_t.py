@@ -11,21 +11,15 @@ import math
 import torch
 from torch import Tensor
 
+from skvi.distributions.special import log_gamma_ratio
+
 
 def log_density(mahalanobis: Tensor, log_det_scale: Tensor, dof: Tensor, dim: int) -> Tensor:
-    """Log density from the squared Mahalanobis distance and ``log|Sigma|``, elementwise.
-
-    Large degrees of freedom are handled: the ratio of gamma functions is taken in its
-    asymptotic form beyond 1e7, where the difference of two ``lgamma`` has lost its digits.
-    """
+    """Log density from the squared Mahalanobis distance and ``log|Sigma|``, elementwise."""
     half = dof / 2.0
     shift = dim / 2.0
-    exact = torch.lgamma(half + shift) - torch.lgamma(half)
-    # log Gamma(z + a) - log Gamma(z) = a log z + a (a - 1) / (2 z) + O(z^-2)
-    asymptotic = shift * half.log() + shift * (shift - 1.0) / (2.0 * half)
-    log_gamma_ratio = torch.where(dof > 1e7, asymptotic, exact)
     return (
-        log_gamma_ratio
+        log_gamma_ratio(half, shift)
         - shift * (dof * math.pi).log()
         - 0.5 * log_det_scale
         - (half + shift) * torch.log1p(mahalanobis / dof)

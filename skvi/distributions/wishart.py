@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from skvi.distributions.special import log_gamma_divergence, log_ratio, ratio_divergence
 from skvi.runtime.linalg import log_det_from_chol
 
 
@@ -23,15 +24,6 @@ def _multivariate_digamma(x: Tensor, dim: int) -> Tensor:
     return torch.digamma(x[..., None] - offsets).sum(-1)
 
 
-def log_normaliser(dof: Tensor, scale_inv_chol: Tensor) -> Tensor:
-    """Return ``log Z``."""
-    dim = scale_inv_chol.shape[-1]
-    return (
-        0.5 * dof * (dim * math.log(2.0) - log_det_from_chol(scale_inv_chol))
-        + torch.mvlgamma(dof / 2.0, dim)
-    )  # fmt: skip
-
-
 def expected_log_det(dof: Tensor, scale_inv_chol: Tensor) -> Tensor:
     """``E[log|Lambda|] = sum_{d<D} psi((nu - d)/2) + D log 2 + log|W|``."""
     dim = scale_inv_chol.shape[-1]
@@ -39,34 +31,29 @@ def expected_log_det(dof: Tensor, scale_inv_chol: Tensor) -> Tensor:
     return digammas + dim * math.log(2.0) - log_det_from_chol(scale_inv_chol)
 
 
-def entropy(dof: Tensor, scale_inv_chol: Tensor) -> Tensor:
-    """``H = log Z - (nu - D - 1)/2 E[log|Lambda|] + nu D / 2``."""
-    dim = scale_inv_chol.shape[-1]
-    return (
-        log_normaliser(dof, scale_inv_chol)
-        - 0.5 * (dof - dim - 1.0) * expected_log_det(dof, scale_inv_chol)
-        + 0.5 * dof * dim
-    )
-
-
 def kl(dof: Tensor, scale_inv_chol: Tensor, dof0: Tensor, scale_inv_chol0: Tensor) -> Tensor:
     r"""Return ``KL(W(W, nu) || W(W0, nu0))``.
 
     .. math::
-        \frac{\nu - \nu_0}{2} \psi_D(\nu/2) - \log\frac{\Gamma_D(\nu/2)}{\Gamma_D(\nu_0/2)}
-        + \frac{\nu_0}{2} \log\frac{|W_0|}{|W|} + \frac{\nu}{2} (\mathrm{tr}(W_0^{-1} W) - D)
+        \sum_{d<D} D_{\log\Gamma}(\tfrac{\nu_0 - d}{2}, \tfrac{\nu - d}{2})
+        + \tfrac{\nu}{2} (\mathrm{tr} R R' - D - \log|R R'|)
+        + \tfrac{\nu - \nu_0}{2} \log|R R'|, \qquad R = L^{-1} L_0
+
+    with the diagonal of R taken relative to one, so that nearly equal laws keep their digits.
     """
     dim = scale_inv_chol.shape[-1]
-    half, half0 = dof / 2.0, dof0 / 2.0
-    # tr(W0^-1 W) = ||L^-1 L0||_F^2
+    offsets = torch.arange(dim, dtype=dof.dtype, device=dof.device) / 2.0
+    half, half0 = dof[..., None] / 2.0 - offsets, dof0[..., None] / 2.0 - offsets  # (..., D)
     ratio = torch.linalg.solve_triangular(
         scale_inv_chol, scale_inv_chol0.expand_as(scale_inv_chol), upper=False
     )
-    trace = ratio.square().sum((-2, -1))
-    log_det_ratio = log_det_from_chol(scale_inv_chol) - log_det_from_chol(scale_inv_chol0)
+    below = ratio.tril(-1).square().sum((-2, -1))
+    diagonal, diagonal0 = (c.diagonal(dim1=-2, dim2=-1) for c in (scale_inv_chol, scale_inv_chol0))
+    excess, log = log_ratio(diagonal0, diagonal)  # R_dd - 1 and log R_dd
+    # R_dd^2 - 1 - 2 log R_dd = (R_dd - 1)^2 + 2 (R_dd - 1 - log R_dd)
+    on_diagonal = (excess.square() + 2.0 * ratio_divergence(diagonal0, diagonal)).sum(-1)
     return (
-        (half - half0) * _multivariate_digamma(half, dim)
-        - (torch.mvlgamma(half, dim) - torch.mvlgamma(half0, dim))
-        + half0 * log_det_ratio
-        + half * (trace - dim)
+        log_gamma_divergence(half0, half).sum(-1)
+        + 0.5 * dof * (below + on_diagonal)
+        + (dof - dof0) * log.sum(-1)
     )

@@ -35,8 +35,11 @@ class Door(NamedTuple):
 
 
 def to_host(data: Any) -> Any:
-    """Return a tensor as a NumPy array; anything else as it is."""
-    return data.detach().cpu().numpy() if isinstance(data, torch.Tensor) else data
+    """Return a tensor as a NumPy array (half precisions as float32); anything else as it is."""
+    if not isinstance(data, torch.Tensor):
+        return data
+    data = data.detach().cpu()
+    return (data.float() if data.dtype in {torch.bfloat16, torch.float16} else data).numpy()
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -13,7 +13,12 @@ from sklearn.base import ClassNamePrefixFeaturesOutMixin, DensityMixin, Transfor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_array, check_is_fitted
 
-from skvi.estimators._base import VariationalEstimator, to_numpy, weighted_mean
+from skvi.estimators._base import (
+    LARGEST_VALUE,
+    VariationalEstimator,
+    to_numpy,
+    weighted_mean,
+)
 from skvi.estimators._compat import Interval, StrOptions, fit_context
 from skvi.inference.loop import Solution, climb
 from skvi.inference.monitor import Monitor, Status
@@ -128,7 +133,8 @@ class VariationalGMM(
     random_state : int, RandomState instance or None, default=None
         Seeds the starts. None draws fresh entropy; NumPy's global state is never touched.
     warm_start : bool, default=False
-        Continue from the posterior and the priors of the previous fit (one start).
+        Continue from the posterior of the previous fit, in one start whatever `n_init` is. Its
+        priors are kept too, except for those that are given as parameters.
     verbose : int, default=0
         1 prints the bound every tenth pass, 2 every pass.
 
@@ -282,16 +288,19 @@ class VariationalGMM(
             door = self._door(X, reset=True, ensure_min_samples=2)
             weight = self._weights(sample_weight, door.X)
             X, weight = door.X[weight > 0], weight[weight > 0]
-            if self.warm_start and hasattr(self, "_model"):
-                self._fit_warm(X, weight, door.device)
-            else:
-                self._fit_cold(X, weight, door.device)
+            try:
+                if self.warm_start and hasattr(self, "_model"):
+                    self._fit_warm(X, weight, door.device)
+                else:
+                    self._fit_cold(X, weight, door.device)
+            except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
+                raise ValueError(_EXTREME) from error
         if not self.converged_:
             warnings.warn(
                 f"The bound had not converged to tol={self.tol:g} nats per row after "
                 f"{self.n_iter_} passes; increase max_iter or tol.",
                 ConvergenceWarning,
-                stacklevel=2,
+                stacklevel=3,  # past the decorator, to the caller of fit
             )
         return self
 
@@ -300,26 +309,28 @@ class VariationalGMM(
         rows = Rows(X, affine, device, weight)
         hyper = self._hyperparameters(rows, affine, float(weight.sum()))
         prior = self._prior(hyper, affine, device)
-        shape = COMPONENTS[self.covariance_type]
         rng = make_rng(draw_seed(self.random_state))
         best: Solution[State] | None = None
+        failure: Exception | None = None
         for _ in range(self.n_init):
-            moments = start.start(self.init_params, rows, shape, self.n_components, rng)
-            solution = self._climb(prior, rows, State(prior, moments), affine, weight)
+            moments = start.start(
+                self.init_params, rows, type(prior.components), self.n_components, rng
+            )
+            try:
+                solution = self._climb(prior, rows, State(prior, moments), affine, weight)
+            except (ValueError, torch.linalg.LinAlgError) as error:
+                failure = error  # one start may fail where others do not
+                continue
             if best is None or solution.bound > best.bound:
                 best = solution
-        assert best is not None  # n_init >= 1
-        self._publish(best, prior, affine)
-        self.weight_concentration_prior_ = hyper.weight_concentration
-        self.mean_precision_prior_ = hyper.mean_precision
-        self.mean_prior_ = hyper.mean
-        self.degrees_of_freedom_prior_ = hyper.degrees_of_freedom
-        self.covariance_prior_ = hyper.covariance
+        if best is None:
+            raise ValueError(_EXTREME) from failure
+        self._publish(best, prior, hyper, affine)
 
     def _fit_warm(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
-        """Continue from the previous posterior, its priors and its units."""
+        """Continue from the previous posterior, in its units, with its priors unless given."""
         affine = self._model.affine
-        posterior, prior = self._model.on(device)
+        posterior, _ = self._model.on(device)
         wanted = (
             COMPONENTS[self.covariance_type],
             WEIGHTS[self.weight_concentration_prior_type],
@@ -338,9 +349,18 @@ class VariationalGMM(
             )
         self._check_reach(X, affine)
         rows = Rows(X, affine, device, weight)
+        before = _Hyperparameters(
+            self.weight_concentration_prior_,
+            self.mean_precision_prior_,
+            self.mean_prior_,
+            self.degrees_of_freedom_prior_,
+            self.covariance_prior_,
+        )
+        hyper = self._hyperparameters(rows, affine, float(weight.sum()), before)
+        prior = self._prior(hyper, affine, device)
         moments, _ = bound.expectation(posterior, rows)
-        state = State(posterior, moments)
-        self._publish(self._climb(prior, rows, state, affine, weight), prior, affine)
+        solution = self._climb(prior, rows, State(posterior, moments), affine, weight)
+        self._publish(solution, prior, hyper, affine)
 
     def _climb(
         self,
@@ -366,19 +386,16 @@ class VariationalGMM(
             return state, value - change_of_units
 
         monitor = Monitor(self.tol, scale=total, verbose=self.verbose, name="VariationalGMM")
-        try:
-            solution = climb(step, state, max_iter=self.max_iter, monitor=monitor)
-            while (
-                alternating is not None
-                and solution.status is Status.CONVERGED
-                and not alternating.looked_at_everything
-            ):
-                # Only a full pass may say so.
-                alternating.look_at_everything()
-                left = self.max_iter - solution.n_iter
-                solution = climb(step, solution.state, max_iter=left, monitor=monitor)
-        except torch.linalg.LinAlgError as error:
-            raise ValueError(_EXTREME) from error
+        solution = climb(step, state, max_iter=self.max_iter, monitor=monitor)
+        while (
+            alternating is not None
+            and solution.status is Status.CONVERGED
+            and not alternating.looked_at_everything
+        ):
+            # Only a full pass may say so.
+            alternating.look_at_everything()
+            left = self.max_iter - solution.n_iter
+            solution = climb(step, solution.state, max_iter=left, monitor=monitor)
         if solution.status is Status.NON_FINITE:
             raise ValueError(_EXTREME)
         return solution
@@ -399,55 +416,73 @@ class VariationalGMM(
             )
         return Affine(mean, scale)
 
-    def _hyperparameters(self, rows: Rows, affine: Affine, total: float) -> _Hyperparameters:
+    def _hyperparameters(
+        self,
+        rows: Rows,
+        affine: Affine,
+        total: float,
+        before: _Hyperparameters | None = None,
+    ) -> _Hyperparameters:
+        """Return the given parameters; those not given are as `before`, or else defaults."""
         D = rows.n_features
-        matrix = self.covariance_type in {"full", "tied"}
-        dof = float(D if self.degrees_of_freedom_prior is None else self.degrees_of_freedom_prior)
-        if matrix and dof <= D - 1:
+        if before is None:
+            concentration, mean_precision, dof = 1.0 / self.n_components, 1.0, float(D)
+            mean = affine.shift.copy()
+        else:
+            concentration, mean_precision, mean, dof, _ = before
+        if self.weight_concentration_prior is not None:
+            concentration = float(self.weight_concentration_prior)
+        if self.mean_precision_prior is not None:
+            mean_precision = float(self.mean_precision_prior)
+        if self.mean_prior is not None:
+            mean = self._prior_array("mean_prior", (D,), LARGEST_VALUE)
+        if self.degrees_of_freedom_prior is not None:
+            dof = float(self.degrees_of_freedom_prior)
+        if self.covariance_type in {"full", "tied"} and dof <= D - 1:
             raise ValueError(
                 f"degrees_of_freedom_prior={dof:g} must exceed n_features - 1 = {D - 1} for "
                 f"covariance_type={self.covariance_type!r}: the Wishart prior is improper "
                 "otherwise."
             )
-        mean = affine.shift.copy()
-        if self.mean_prior is not None:
-            mean = self._prior_array("mean_prior", (D,))
-        covariance: np.ndarray | float
-        if self.covariance_prior is None:
-            covariance = self._empirical_covariance(rows, affine, total)
-        else:
+        if self.covariance_prior is not None:
             covariance = self._given_covariance(D)
-        return _Hyperparameters(
-            _default(self.weight_concentration_prior, 1.0 / self.n_components),
-            _default(self.mean_precision_prior, 1.0),
-            mean,
-            dof,
-            covariance,
-        )
+        elif before is not None:
+            covariance = before.covariance
+        else:
+            covariance = self._empirical_covariance(rows, affine, total)
+        return _Hyperparameters(concentration, mean_precision, mean, dof, covariance)
 
-    def _prior_array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Return the array parameter `name` in float64, or raise if its shape is not `shape`."""
+    def _prior_array(self, name: str, shape: tuple[int, ...], largest: float) -> np.ndarray:
+        """Return the array parameter `name` in float64, of this shape and within `largest`."""
         value = getattr(self, name)
-        if np.shape(value) == shape:
-            return check_array(value, dtype=np.float64, ensure_2d=False, copy=True, input_name=name)
-        raise ValueError(
-            f"{name} has shape {np.shape(value)}, but covariance_type="
-            f"{self.covariance_type!r} and the {shape[-1]} features of X ask for {shape}."
-        )
+        if np.shape(value) != shape:
+            raise ValueError(
+                f"{name} has shape {np.shape(value)}, but {shape} is asked for by the "
+                f"{shape[-1]} features of X and covariance_type={self.covariance_type!r}."
+            )
+        array = check_array(value, dtype=np.float64, ensure_2d=False, copy=True, input_name=name)
+        if np.abs(array).max() > largest:
+            raise ValueError(
+                f"{name} contains values beyond {largest:g}, out of proportion to any "
+                "data that can be fitted; check its units."
+            )
+        return array
 
     def _given_covariance(self, D: int) -> np.ndarray | float:
         if self.covariance_type == "spherical":
-            if not isinstance(self.covariance_prior, Real):
+            if not isinstance(self.covariance_prior, Real) or isinstance(
+                self.covariance_prior, bool
+            ):
                 raise ValueError(
                     'covariance_prior must be a positive number for covariance_type="spherical".'
                 )
             return float(self.covariance_prior)
         if self.covariance_type == "diag":
-            variances = self._prior_array("covariance_prior", (D,))
+            variances = self._prior_array("covariance_prior", (D,), LARGEST_VALUE**2)
             if variances.min() <= 0:
                 raise ValueError("covariance_prior must hold positive variances.")
             return variances
-        matrix = self._prior_array("covariance_prior", (D, D))
+        matrix = self._prior_array("covariance_prior", (D, D), LARGEST_VALUE**2)
         if not np.allclose(matrix, matrix.T, rtol=1e-10, atol=0.0):
             raise ValueError("covariance_prior must be a symmetric matrix.")
         if matrix.diagonal().min() > 0:
@@ -510,8 +545,19 @@ class VariationalGMM(
         weights = law.prior(self.n_components, hyper.weight_concentration, device)
         return Posterior(weights, components)
 
-    def _publish(self, solution: Solution[State], prior: Posterior, affine: Affine) -> None:
+    def _publish(
+        self,
+        solution: Solution[State],
+        prior: Posterior,
+        hyper: _Hyperparameters,
+        affine: Affine,
+    ) -> None:
         """Set the fitted attributes, in the units of X."""
+        self.weight_concentration_prior_ = hyper.weight_concentration
+        self.mean_precision_prior_ = hyper.mean_precision
+        self.mean_prior_ = hyper.mean
+        self.degrees_of_freedom_prior_ = hyper.degrees_of_freedom
+        self.covariance_prior_ = hyper.covariance
         posterior = solution.state.posterior
         self._model = _Model(affine, prior.map(to_numpy), posterior.map(to_numpy))
         self._n_features_out = self.n_components
@@ -620,7 +666,9 @@ class VariationalGMM(
 
         .. math::
             \log \sum_k \exp(E[\log \pi_k] + E[\log N(x_n | \mu_k, \Lambda_k^{-1})])
-            \le \log p(x_n | \mathrm{data})
+            \le \log E_q[p(x_n | \pi, \mu, \Lambda)]
+
+        The right-hand side is `log_predictive`, up to the mass beyond the truncation.
 
         Parameters
         ----------
@@ -736,10 +784,6 @@ class VariationalGMM(
         return tags
 
 
-def _default(value: float | None, default: float) -> float:
-    return float(default if value is None else value)
-
-
 def _correlation_eigenvalues(covariance: np.ndarray) -> np.ndarray:
     """Eigenvalues, ascending, of the correlation matrix: what scaling features cannot mend."""
     spread = np.sqrt(covariance.diagonal())
@@ -748,7 +792,7 @@ def _correlation_eigenvalues(covariance: np.ndarray) -> np.ndarray:
 
 def _constant_message(features: Any) -> str:
     return (
-        f"Features {list(features)} of X are constant, so the default covariance_prior is "
-        "singular and the density of X unbounded. Drop them (for example with "
-        "sklearn.feature_selection.VarianceThreshold), or pass a covariance_prior."
+        f"Features {list(features)} of X are constant over the rows of positive weight, so the "
+        "default covariance_prior is singular and the density of X unbounded. Drop them "
+        "(with sklearn.feature_selection.VarianceThreshold, say), or pass a covariance_prior."
     )

@@ -60,9 +60,9 @@ def climb(
     Solution
         A non-finite bound is a status, not an exception: the caller knows what it means.
     """
-    for _ in range(max_iter):
+    for i in range(max_iter):
         candidate, bound = step(state)
-        status = monitor.update(bound)
+        status = monitor.update(bound, last=i == max_iter - 1)
         if status is Status.NON_FINITE:
             return Solution(state, monitor.history, status)
         state = candidate

@@ -34,8 +34,11 @@ class Monitor:
         self.name = name
         self.history: list[float] = []
 
-    def update(self, bound: float) -> Status | None:
-        """Take the bound (total nats) after a pass; return a status if it was the last one."""
+    def update(self, bound: float, *, last: bool = False) -> Status | None:
+        """Take the bound (total nats) after a pass; return a status if it ends the climb.
+
+        With ``last=True`` no pass can follow anyway.
+        """
         previous = self.history[-1] if self.history else -math.inf
         if not math.isfinite(bound):
             # A non-finite bound belongs to no state worth keeping, so it is not recorded.
@@ -45,7 +48,7 @@ class Monitor:
         # A change within the rounding of the sum is no change, whatever the tolerance.
         threshold = max(self.tol * self.scale, 1e-15 * abs(bound))
         converged = bound - previous < threshold
-        self._say(bound, last=converged)
+        self._say(bound, last=last or converged)
         return Status.CONVERGED if converged else None
 
     def _say(self, bound: float, *, last: bool) -> None:

@@ -247,9 +247,56 @@ def test_warm_start_continues_with_the_same_priors(X):
     assert_allclose(model.elbo_, whole.elbo_, rtol=1e-12)
     model.set_params(max_iter=500, tol=1e-3).fit(X[:40])
     assert_array_equal(model.covariance_prior_, prior)
+    # Priors that are given are used; the others stay.
+    model.set_params(mean_precision_prior=7.0).fit(X)
+    assert model.mean_precision_prior_ == 7.0
+    assert_array_equal(model.covariance_prior_, prior)
+    counts = model.transform(X).sum(0)
+    assert_allclose(model.mean_precision_, 7.0 + counts, rtol=1e-2)
     model.set_params(n_components=5)
     with pytest.raises(ValueError, match="warm_start"):
         model.fit(X)
+
+
+def test_one_failing_start_does_not_spoil_the_others(X, monkeypatch):
+    n_calls = 0
+    climb = VariationalGMM._climb
+
+    def flaky(self, *args):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 2:
+            raise ValueError("this start failed")
+        return climb(self, *args)
+
+    monkeypatch.setattr(VariationalGMM, "_climb", flaky)
+    assert np.isfinite(_fit(X, n_init=3).elbo_)
+    assert n_calls == 3
+    n_calls = 1
+    with pytest.raises(ValueError, match="orders of magnitude"):
+        _fit(X)
+
+
+@pytest.mark.parametrize("a0", [1e-300, 1e-16, 1e-10, 1e8, 1e16, 1e30])
+def test_extreme_concentrations_keep_the_bound_right(a0):
+    X = np.random.default_rng(0).normal(size=(100, 3))
+    X[:40] += 6.0
+    model = _fit(X, weight_concentration_prior=a0, tol=1e-9, n_components=5)
+    assert np.diff(model.elbo_history_).min(initial=0.0) > -1e-9
+    assert (model.log_predictive(X) >= model.score_samples(X) - 1e-9).all()
+    # No more than the evidence of the best labelling allows: far from rounding up to the sky.
+    assert model.elbo_ < _fit(X, weight_concentration_prior=0.5, n_components=5).elbo_ + 20.0
+
+
+def test_tiny_priors_on_large_data_are_a_clear_error(X):
+    for covariance_type in ("full", "tied"):
+        with pytest.raises(ValueError, match=r"orders of magnitude|rescale"):
+            _fit(X * 1e100, covariance_prior=1e-300 * np.eye(4), covariance_type=covariance_type)
+
+
+def test_half_precision_tensors(X):
+    low = torch.from_numpy(X).bfloat16()
+    assert_allclose(_fit(low).elbo_, _fit(low.float()).elbo_, rtol=1e-12)
 
 
 def test_max_iter_warns_and_a_converged_fit_does_not(X):
@@ -356,6 +403,9 @@ class TestErrors:
             ({"mean_prior": [0.0, np.nan, 0.0, 0.0]}, "mean_prior"),
             ({"degrees_of_freedom_prior": 2.5}, "must exceed n_features - 1 = 3"),
             ({"covariance_prior": np.eye(3)}, r"covariance_prior has shape \(3, 3\)"),
+            ({"mean_prior": np.full(4, 1e200)}, "mean_prior contains values beyond"),
+            ({"covariance_prior": 1e308 * np.eye(4)}, "covariance_prior contains values beyond"),
+            ({"covariance_prior": True, "covariance_type": "spherical"}, "positive number"),
             ({"covariance_prior": np.ones((4, 4))}, "positive definite"),
             ({"covariance_prior": -np.eye(4)}, "positive definite"),
             ({"covariance_prior": np.triu(np.ones((4, 4)))}, "symmetric"),

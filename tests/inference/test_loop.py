@@ -52,6 +52,7 @@ def test_only_the_monitor_speaks(capsys):
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         "[toy] pass 10",
         "[toy] pass 20",
+        "[toy] pass 25",
     ]
     climb(_halve, -1.0, max_iter=25, monitor=Monitor(0.0, verbose=2))
     assert len(capsys.readouterr().out.splitlines()) == 25

@@ -95,8 +95,9 @@ class StickBreaking:
 
     def update(self, counts: Tensor) -> Self:
         # Summed from the end, so that an empty tail is exactly zero.
-        later = counts.flip(0).cumsum(0).flip(0) - counts
-        return type(self)(self.a + counts, self.b + later.clamp_min(0.0))
+        from_end = counts[1:].flip(0).cumsum(0).flip(0)
+        later = torch.cat([from_end, torch.zeros_like(counts[:1])])
+        return type(self)(self.a + counts, self.b + later)
 
     def E_log(self) -> Tensor:
         return stick_breaking.expected_log(self.a, self.b)
