@@ -1,6 +1,7 @@
 """What the benchmarks share: timing, tables, the record of the machine."""
 
 import json
+import os
 import platform
 import time
 import warnings
@@ -15,6 +16,8 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 RESULTS = Path(__file__).parent / "results"
+# Data sets that are not shipped: mnist.npz and others, beside the checkout or where SKVI_DATA says.
+DATA = Path(os.environ.get("SKVI_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 def seconds(function: Callable[[], Any], repeat: int = 3) -> float:

@@ -19,13 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skvi.models.mixture.components import Components, Diag, Full, Moments, Tied
+from skvi.models.mixture.components import Components, Diag, Moments, add_to
 from skvi.models.mixture.weights import Weights
 from skvi.models.terms import ElboTerms
 from skvi.runtime.blocks import Rows
-
-# Up to this many active components of shape Full, centred rows cost less than their monomials.
-_FEW = 8
 
 
 class Posterior(NamedTuple):
@@ -126,36 +123,19 @@ class Totals:
 
     def __init__(self, posterior: Posterior, device: torch.device) -> None:
         self.posterior = posterior
-        # Computed here, once, these are inherited by what is taken for a block.
-        _ = posterior.components.ill, posterior.components.log_prob_constant
-        _ = posterior.components.coefficients
         self._E_log_pi = posterior.weights.E_log()  # (K,)
+        ill = posterior.components.ill
+        self._ill = posterior.components.take(ill) if ill.numel() else None
         self._bound = torch.zeros((), dtype=torch.float64, device=device)
         self._sums: tuple[Tensor, ...] | None = None  # of monomials
-        self._centred: tuple[Tensor, ...] | None = None  # counts, first, second about the means
+        self._ill_sums: tuple[Tensor, ...] | None = None  # of centred rows
 
-    def add(self, x: Tensor, weight: Tensor, active: Tensor | None = None) -> Tensor:
-        """Add rows (B, D) with weights (B,).
-
-        Parameters
-        ----------
-        active : Tensor of shape (A,), optional
-            Components that may be responsible for these rows; the others are left out.
-
-        Returns
-        -------
-        Tensor of shape (K, B) or (A, B)
-            Responsibilities times weights.
-        """
-        components, E_log_pi = self.posterior.components, self._E_log_pi
-        if active is not None:
-            components, E_log_pi = components.take(active), E_log_pi[active]
-            if isinstance(components, Full) and active.numel() <= _FEW:
-                components.__dict__["ill"] = torch.arange(active.numel(), device=x.device)
-        everything_centred = components.ill.numel() == components.mean.shape[0]
-        monomials = x if everything_centred else components.monomials(x)  # (F, B)
+    def add(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Add rows (B, D) with weights (B,); return responsibilities times weights, (K, B)."""
+        components = self.posterior.components
+        monomials = components.monomials(x)  # (F, B)
         resp = components.E_log_prob(components.squared_distance(x, monomials))
-        resp.add_(E_log_pi[:, None])  # log rho until normalised
+        resp.add_(self._E_log_pi[:, None])  # log rho until normalised
         # One exponential serves both. Responsibilities are normalised explicitly: a row 1e10
         # spreads away has log rho of 1e19, where log sum exp cannot hold the log 2 of a tie.
         largest = resp.amax(0)  # (B,)
@@ -163,64 +143,27 @@ class Totals:
         total = resp.sum(0)
         self._bound += weight @ (largest + total.log())
         resp.mul_(weight / total)
-        if not everything_centred:
-            sums = components.sums(x, monomials, resp)
-            sums[0][components.ill] = 0.0
-            self._sums = _add(self._sums, sums, self.posterior, active)
-        if components.ill.numel():
-            some = components if everything_centred else components.take(components.ill)
-            r = resp if everything_centred else resp[components.ill]
-            diff = x - some.mean[:, None, :]  # (K_ill, B, D)
+        self._sums = add_to(self._sums, components.sums(x, monomials, resp))
+        if self._ill is not None:
+            r = resp[components.ill]
+            diff = x - self._ill.mean[:, None, :]  # (K_ill, B, D)
             first = torch.matmul(r[:, None, :], diff)[:, 0, :]
-            sums = r.sum(-1), first, some.scatter(diff, r)
-            index = components.ill if active is None else active[components.ill]
-            self._centred = _add(self._centred, sums, self.posterior, index)
+            self._ill_sums = add_to(self._ill_sums, (first, self._ill.scatter(diff, r)))
         return resp
 
     def result(self) -> tuple[Moments, float]:
         """Return the statistics of all rows and their weighted local bound in nats."""
         components = self.posterior.components
-        means, shape = components.mean, type(components)
-        moments: Moments | None = None
-        if self._sums is not None:
-            moments = components.unpack(torch.zeros_like(means), self._sums)
-        if self._centred is not None:
-            counts, first, second = self._centred
-            if moments is not None:
-                away = moments.about(means, shape)
-                counts, first = counts + away.counts, first + away.first
-                second = second + away.second
-            moments = Moments(means, counts, first, second)
-        assert moments is not None  # rows are never empty
+        reference = torch.zeros_like(components.mean)
+        assert self._sums is not None  # rows are never empty
+        moments = components.unpack(reference, self._sums)
+        if self._ill is not None and self._ill_sums is not None:
+            # About their own means; a shared scatter is replaced as a whole.
+            reference[components.ill] = self._ill.mean
+            first, second = self._ill_sums
+            moments.first[components.ill] = first
+            moments.second[components.ill if len(moments.second) > 1 else slice(None)] = second
         return moments, float(self._bound)
-
-
-def _add(
-    total: tuple[Tensor, ...] | None,
-    block: tuple[Tensor, ...],
-    posterior: Posterior,
-    index: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Add the sums of a block, which are those of the components `index`, in place."""
-    if total is None and index is None:
-        return block
-    K = posterior.components.mean.shape[0]
-    shared = isinstance(posterior.components, Tied)
-
-    def is_shared(i: int, value: Tensor) -> bool:
-        return shared and i == len(block) - 1  # the scatter of all components together
-
-    if total is None:
-        total = tuple(
-            torch.zeros_like(value) if is_shared(i, value) else value.new_zeros(K, *value.shape[1:])
-            for i, value in enumerate(block)
-        )
-    for i, (into, value) in enumerate(zip(total, block, strict=True)):
-        if index is None or is_shared(i, value):
-            into.add_(value)
-        else:
-            into.index_add_(0, index, value)
-    return total
 
 
 def expectation(posterior: Posterior, rows: Rows) -> tuple[Moments, float]:

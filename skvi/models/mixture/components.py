@@ -62,15 +62,6 @@ class Moments(NamedTuple):
     first: Tensor
     second: Tensor
 
-    def about(self, reference: Tensor, shape: type[Components]) -> Moments:
-        """Return the statistics about another reference."""
-        old = self.first / self.counts.clamp_min(torch.finfo(self.counts.dtype).tiny)[:, None]
-        new = old + self.reference - reference  # mean of the rows, relative to the new reference
-        points = torch.stack([new, old], dim=1)  # (K, 2, D)
-        weights = torch.stack([self.counts, -self.counts], dim=1)  # (K, 2)
-        second = self.second + shape.scatter(points, weights)
-        return Moments(reference, self.counts, self.counts[:, None] * new, second)
-
     def reordered(self, order: Tensor) -> Moments:
         """Return the statistics in another order of the components."""
         reference, counts, first, second = self
