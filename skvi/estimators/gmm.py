@@ -33,8 +33,6 @@ from skvi.runtime.linalg import inv_chol
 from skvi.runtime.moments import weighted_moments
 from skvi.runtime.random import draw_seed, make_rng
 
-# Starts of a large fit climb on a sample of the rows until a pass gains less, in nats per row.
-_START_TOL = 1e-3
 # A correlation matrix whose smallest eigenvalue is below this is singular to working precision.
 _SINGULAR = 1e-13
 # Below this the default covariance_prior is shrunk. Not "just enough", to 1e-8, say: squared
@@ -123,8 +121,7 @@ class VariationalGMM(
         rows), or are random. Distances are taken in units of each feature's spread, except for
         "spherical". Every start gives integer `sample_weight` the effect of repeated rows.
     n_init : int, default=1
-        Number of starts; the fit with the highest bound is kept. From 40000 rows on, each start
-        first climbs on a sample of an eighth of the rows; its passes are not counted.
+        Number of starts; the fit with the highest bound is kept.
     max_iter : int, default=1000
         Limit of the passes over the data, per start.
     tol : float, default=1e-5
@@ -317,22 +314,12 @@ class VariationalGMM(
         rng = make_rng(draw_seed(self.random_state))
         best: Solution[State] | None = None
         failure: Exception | None = None
-        sample = start.first_climb_rows(rows, float(weight.sum()), rng)
         for _ in range(self.n_init):
             moments = start.start(
-                self.init_params,
-                rows if sample is None else sample,
-                type(prior.components),
-                self.n_components,
-                rng,
+                self.init_params, rows, type(prior.components), self.n_components, rng
             )
             try:
-                state = State(prior, moments)
-                if sample is not None:
-                    found = self._climb(prior, sample, state, affine, weight, is_start=True)
-                    moments, _ = bound.expectation(found.state.posterior, rows)
-                    state = State(found.state.posterior, moments)
-                solution = self._climb(prior, rows, state, affine, weight)
+                solution = self._climb(prior, rows, State(prior, moments), affine, weight)
             except (ValueError, torch.linalg.LinAlgError) as error:
                 failure = error  # one start may fail where others do not
                 continue
@@ -384,10 +371,7 @@ class VariationalGMM(
         state: State,
         affine: Affine,
         weight: np.ndarray,
-        *,
-        is_start: bool = False,
     ) -> Solution[State]:
-        """Climb over `rows`, whose weights sum to the sum of `weight`."""
         total = float(weight.sum())
         change_of_units = total * affine.log_abs_det
         ascend = bound.coordinate_ascent(prior, rows)
@@ -403,13 +387,7 @@ class VariationalGMM(
             state, value = ascend(state)
             return state, value - change_of_units
 
-        monitor = Monitor(
-            # A start need not climb to the summit of a sample.
-            max(self.tol, _START_TOL) if is_start else self.tol,
-            scale=total,
-            verbose=self.verbose,
-            name="VariationalGMM start" if is_start else "VariationalGMM",
-        )
+        monitor = Monitor(self.tol, scale=total, verbose=self.verbose, name="VariationalGMM")
         solution = climb(step, state, max_iter=self.max_iter, monitor=monitor)
         while (
             alternating is not None

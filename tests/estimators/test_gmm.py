@@ -559,17 +559,3 @@ def test_memory_decides_whether_rows_are_sorted(X, monkeypatch):
     monkeypatch.setattr("skvi.models.mixture.active._RESIDENT_BYTES", 100)
     monkeypatch.setattr("skvi.models.mixture.active.AlternatingAscent", None)
     assert _fit(X).converged_
-
-
-def test_large_fits_start_on_a_sample(monkeypatch, capsys):
-    """The sample decides the start alone: the fit is one of all rows, weights and all."""
-    X = make_blobs(900, 3, centers=4, random_state=0)[0]
-    weight = np.random.default_rng(0).integers(1, 4, size=900)
-    plain = _fit(X, sample_weight=weight, tol=1e-8)
-    monkeypatch.setattr("skvi.models.mixture.start._MANY_ROWS", 400)
-    fitted = _fit(X, sample_weight=weight, tol=1e-8, verbose=2)
-    assert "VariationalGMM start" in capsys.readouterr().out
-    assert_allclose(fitted.elbo_, plain.elbo_, rtol=1e-6)
-    assert_allclose(fitted.elbo_, weight @ fitted.score_samples(X) - fitted.kl_, rtol=1e-10)
-    repeated = _fit(np.repeat(X, weight, axis=0), tol=1e-8)
-    assert_allclose(repeated.elbo_, fitted.elbo_, rtol=1e-9)

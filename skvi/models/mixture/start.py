@@ -14,28 +14,11 @@ import torch
 from torch import Tensor
 
 from skvi.models.mixture.components import Components, Moments, add_to
-from skvi.runtime.blocks import Affine, Rows
+from skvi.runtime.blocks import Rows
 
 # Seeding looks at no more rows than this, drawn in proportion to their weight.
 _MAX_SEED_ROWS = 20_000
 _MAX_LLOYD_PASSES = 100
-# From this many rows on, a climb begins on a sample of no more rows than the second number.
-_MANY_ROWS = 40_000
-_MAX_CLIMB_ROWS = 50_000
-
-
-def first_climb_rows(rows: Rows, total: float, rng: np.random.Generator) -> Rows | None:
-    """Return the sample of the rows that a start may climb on first, None if they are too few.
-
-    An eighth of the rows stands for all of them well enough to find the basin; passes over it
-    cost an eighth. Each row of the sample carries its share of the total weight.
-    """
-    if max(total, rows.n_rows) < _MANY_ROWS:
-        return None
-    largest = min(int(max(total, rows.n_rows)) // 8, _MAX_CLIMB_ROWS)
-    x, weight = sample_rows(rows, rng, largest)
-    identity = Affine(np.zeros(rows.n_features), np.ones(rows.n_features))
-    return Rows(x, identity, rows.device, weight)
 
 
 def start(
@@ -62,9 +45,7 @@ def start(
         resp = _random_responsibilities(n_components, rows, rng)
     else:
         choose = _random_rows if kind == "random_from_data" else _kmeans_plusplus
-        centres = torch.from_numpy(
-            choose(n_components, *sample_rows(rows, rng, _MAX_SEED_ROWS), rng)
-        )
+        centres = torch.from_numpy(choose(n_components, *_seed_rows(rows, rng), rng))
         centres = centres.to(rows.device)
         if kind == "kmeans":
             centres = _lloyd(centres, rows)
@@ -85,10 +66,8 @@ def start(
     return shape.unpack(reference, sums)
 
 
-def sample_rows(
-    rows: Rows, rng: np.random.Generator, largest: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows (M, D) in canonical order and their weights (M,), M at most `largest`.
+def _seed_rows(rows: Rows, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows (M, D) in canonical order and their weights (M,), M at most _MAX_SEED_ROWS.
 
     Beyond that many, a systematic sample: equally spaced points of the cumulative weight, each
     standing for the same share of it.
@@ -103,10 +82,10 @@ def sample_rows(
     cumulative = weight[order].cumsum()
     total = cumulative[-1]
     # Repeated rows count as often as their weight says, so this branches alike for both.
-    if max(total, rows.n_rows) > largest:
-        points = (np.arange(largest) + offset) * (total / largest)
+    if max(total, rows.n_rows) > _MAX_SEED_ROWS:
+        points = (np.arange(_MAX_SEED_ROWS) + offset) * (total / _MAX_SEED_ROWS)
         order = order[_invert(cumulative, points)]
-        seed_weight = np.full(largest, total / largest)
+        seed_weight = np.full(_MAX_SEED_ROWS, total / _MAX_SEED_ROWS)
     else:
         seed_weight = weight[order]
     return rows[order][0].cpu().numpy(), seed_weight
