@@ -60,7 +60,7 @@ class _Model(NamedTuple):
     posterior : Posterior
     prior : Prior
     statistics : Statistics or None
-        What the exact evidence is integrated from; kept for "ridge" only.
+        What the exact evidence is integrated from; kept for a single learnt precision only.
     """
 
     kind: str
@@ -89,9 +89,14 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
     Parameters
     ----------
-    prior : {"ridge", "ard", "fixed"}, default="ridge"
-        One learnt weight precision for all features; one for each feature (automatic relevance
-        determination: useless features are shrunk away); or one given number.
+    prior : {"ridge", "ard", "fixed", "flat"}, default="ridge"
+        One learnt weight precision for all features (or for each of the `groups`); one for each
+        feature (automatic relevance determination: useless features are shrunk away); one given
+        number; or no shrinkage, ``p(w) = 1``: least squares with its classical Student-t
+        posterior, which needs linearly independent columns.
+    groups : array-like of shape (n_features,), default=None
+        Labels for ``prior="ridge"``: features with the same label share a precision. None is one
+        group of all. An error with another prior.
     weight_precision : float, default=1.0
         The alpha of ``prior="fixed"``, in the units of X squared; ignored otherwise.
     noise_shape : float, default=1e-3
@@ -103,9 +108,10 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         c0 of the learnt weight precisions.
     weight_rate : float, default=1e-3
         d0 in units of one over the variance of the feature ("ard") or over the mean variance of
-        the features ("ridge"), with the same conventions as `noise_rate`. With the default
-        shape a weight's prior is a Cauchy law of half-width ``sqrt(2 weight_rate)``, in noise
-        standard deviations per standard deviation of the feature: heavy tails, a sharp peak.
+        the features of the group ("ridge"), with the same conventions as `noise_rate`. With the
+        default shape a weight's prior is a Cauchy law of half-width ``sqrt(2 weight_rate)``, in
+        noise standard deviations per standard deviation of the feature: heavy tails, a sharp
+        peak.
         Much smaller shapes make "ard" explain every row when features outnumber rows.
     fit_intercept : bool, default=True
         Add an intercept with a flat prior, integrated exactly.
@@ -138,20 +144,23 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     noise_precision_ : float or ndarray of shape (n_outputs,)
         E[beta].
     weight_precision_ : float, ndarray of shape (n_features,), or with n_outputs in front
-        E[alpha]; the prior precision of a weight is ``beta alpha``.
+        E[alpha]; the prior precision of a weight is ``beta alpha``. One number an output for
+        "ridge" without groups, "fixed" and "flat" (0), else one for each feature.
     elbo_ : float
         The bound on ``log p(y | X)`` in nats, summed over outputs:
         ``sum_n s_n score_samples(X, y)[n] - kl_``.
     kl_ : float
         ``KL(q(w, b, beta, alpha) || p)`` in nats, summed over outputs. The flat intercept counts
         with density 1 in the units of y, so its share, minus the entropy of q(b | w, beta), may
-        be negative and depends on those units.
+        be negative and depends on those units. So do flat weights.
     elbo_history_ : list of float
         The bound after each pass; the last entry is ``elbo_``.
     log_evidence_ : float
         The exact ``log p(y | X)`` in nats, summed over outputs: ``log_evidence_ - elbo_`` is the
-        gap of the bound. By quadrature over alpha for "ridge", equal to the bound for "fixed";
-        there is no such attribute for "ard".
+        gap of the bound. By quadrature over alpha for "ridge", equal to the bound for "fixed" and
+        "flat"; there is no such attribute for "ard" and with several groups. With flat weights
+        it is a log evidence up to the constant of that improper prior: it compares noise priors,
+        but not sets of features.
     n_iter_ : int
         Number of passes.
     converged_ : bool
@@ -170,7 +179,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     ``score`` is the mean evidence lower bound of the rows, not R^2: see :meth:`r2_score`.
 
     "ridge" and "fixed" shrink all features alike, so features should have comparable spreads: one
-    whose spread is below about 1e-7 of the largest is taken as constant. "ard" has no such need.
+    whose spread is below about 1e-7 of the largest is taken as constant. "ard" and "flat" have no
+    such need, and with `groups` it is one inside each group.
 
     References
     ----------
@@ -194,7 +204,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "prior": [StrOptions({"ridge", "ard", "fixed"})],
+        "prior": [StrOptions({"ridge", "ard", "fixed", "flat"})],
+        "groups": ["array-like", None],
         "weight_precision": [Interval(Real, 0.0, None, closed="neither")],
         "noise_shape": [Interval(Real, 0.0, None, closed="neither")],
         "noise_rate": [Interval(Real, 0.0, None, closed="neither")],
@@ -212,6 +223,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         self,
         *,
         prior: str = "ridge",
+        groups: Any = None,
         weight_precision: float = 1.0,
         noise_shape: float = 1e-3,
         noise_rate: float = 1e-9,
@@ -225,6 +237,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         verbose: int = 0,
     ) -> None:
         self.prior = prior
+        self.groups = groups
         self.weight_precision = weight_precision
         self.noise_shape = noise_shape
         self.noise_rate = noise_rate
@@ -262,7 +275,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         ValueError
             For invalid parameters or data; for weights that sum to less than the one row that
             the intercept takes; for data whose answer leaves the range of float64; for a
-            `warm_start` from a fit of another prior or shape.
+            `warm_start` from a fit of another prior or shape; for columns that are linearly
+            dependent with ``prior="flat"``.
         """
         with self._all_or_nothing():
             door = self._door(X, y, reset=True, target=True)
@@ -283,54 +297,90 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         kept = slice(None) if weight.all() else weight > 0
         X, outputs, weight = door.X[kept], outputs[kept], weight[kept]
 
-        x, spread_x = self._units(X, weight, shared=self.prior != "ard")
-        y, spread_y = self._units(outputs, weight, shared=False)
+        group = self._group(X.shape[1])
+        x, spread_x = self._units(X, weight, group)
+        y, spread_y = self._units(outputs, weight, np.arange(outputs.shape[1]))
         statistics = reduce_rows(
             Rows(X, x, door.device, weight),
             Rows(outputs, y, door.device, weight),
             intercept=self.fit_intercept,
         )
-        prior = self._hyperparameters(spread_x, spread_y, door.device)
+        prior = self._hyperparameters(spread_x, spread_y, group, door.device)
+        n_features, rank = statistics.basis.shape
+        if prior.n_flat and rank < n_features:
+            raise ValueError(
+                f'prior="flat" needs linearly independent columns, but the rows (n_samples='
+                f"{len(door.X)}) have {n_features} columns of rank {rank}. Remove columns, add "
+                'rows, or use prior="ridge".'
+            )
         if noise_shape(statistics, prior) <= 0.0:
             raise ValueError(
-                f"The sample weights sum to {statistics.total:g}, but the intercept alone takes "
-                "one row: the noise has no posterior. Weights count how often a row was seen; "
-                "rescale them, or set fit_intercept=False or a larger noise_shape."
+                f"The sample weights sum to {statistics.total:g}, but the coefficients without a "
+                f"proper prior take {self.fit_intercept + prior.n_flat} row(s): the noise has no "
+                "posterior. Weights count how often a row was seen; rescale them, or set "
+                "fit_intercept=False or a larger noise_shape."
             )
         # alpha has the units of x squared
-        scale_x = x.scale if self.prior == "ard" else x.scale[:1]
+        scale_x = x.scale[np.unique(group, return_index=True)[1]]
         with np.errstate(over="ignore", under="ignore"):
             alpha = self._start(statistics, prior, scale_x)
-            solution = self._climb(statistics, prior, y, alpha)
+            solution = self._climb(statistics, prior, x, y, alpha)
             self._publish(door, statistics, prior, x, y, solution)
 
+    def _group(self, n_features: int) -> np.ndarray:
+        """Return which of the precisions 0, ..., H - 1 each feature has, shape (D,)."""
+        if self.groups is not None:
+            groups = np.asarray(self.groups)
+            if self.prior != "ridge":
+                raise ValueError(
+                    f'groups= is for prior="ridge", one precision a group; prior={self.prior!r} '
+                    "has no groups. Set groups=None."
+                )
+            if groups.shape != (n_features,):
+                raise ValueError(
+                    f"groups has shape {groups.shape}, but X has {n_features} features: give one "
+                    "label for each feature."
+                )
+            return np.unique(groups, return_inverse=True)[1]
+        one_each = self.prior in {"ard", "flat"}
+        return np.arange(n_features) if one_each else np.zeros(n_features, dtype=np.intp)
+
     def _units(
-        self, array: np.ndarray, weight: np.ndarray, *, shared: bool
+        self, array: np.ndarray, weight: np.ndarray, group: np.ndarray
     ) -> tuple[Affine, np.ndarray]:
         """Return the fitted units of the columns and their spread in these units.
 
         The spread is the standard deviation, or the root mean square without an intercept; that
-        of a constant column is the size of the constant, or one. With ``shared=True`` all
-        columns have the scale of the root mean square of their spreads, shape (1,).
+        of a constant column is the size of the constant, or one. The columns of a group have the
+        scale of the root mean square of their spreads, and that is what is returned, shape (H,).
         """
         mean, std = weighted_moments(array, weight)
-        spread = std if self.fit_intercept else np.hypot(mean, std)
-        size = np.abs(mean)
-        if shared:
-            spread, size = np.array([root_scale(spread)]), np.array([root_scale(size)])
+        spread = root_scale(std if self.fit_intercept else np.hypot(mean, std), group)
+        size = root_scale(np.abs(mean), group)
         spread = np.where(spread > 0.0, spread, np.where(size > 0.0, size, 1.0))
         scale = power_of_two(spread)
         shift = mean if self.fit_intercept else np.zeros_like(mean)
-        return Affine(shift, np.broadcast_to(scale, mean.shape).copy()), spread / scale
+        return Affine(shift, scale[group]), spread / scale
 
     def _hyperparameters(
-        self, spread_x: np.ndarray, spread_y: np.ndarray, device: torch.device
+        self,
+        spread_x: np.ndarray,
+        spread_y: np.ndarray,
+        group: np.ndarray,
+        device: torch.device,
     ) -> Prior:
         noise_rate = torch.as_tensor(self.noise_rate * spread_y**2, device=device)
-        if self.prior == "fixed":
-            return Prior(float(self.noise_shape), noise_rate, None)
+        if self.prior in {"fixed", "flat"}:
+            n_flat = len(group) if self.prior == "flat" else 0
+            return Prior(float(self.noise_shape), noise_rate, None, n_flat)
         weight_rate = torch.as_tensor(self.weight_rate / spread_x**2, device=device)
-        weight = WeightPrior(float(self.weight_shape), weight_rate)
+        # one precision for all and one for each feature have their own ways
+        several = 1 < len(spread_x) < len(group)
+        weight = WeightPrior(
+            float(self.weight_shape),
+            weight_rate,
+            torch.as_tensor(group, device=device) if several else None,
+        )
         return Prior(float(self.noise_shape), noise_rate, weight)
 
     def _start(self, statistics: Statistics, prior: Prior, scale_x: np.ndarray) -> Tensor:
@@ -338,6 +388,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         n_outputs = statistics.target.shape[0]
         shape = (n_outputs, len(scale_x))
         device = statistics.target.device
+        if self.prior == "flat":
+            return torch.zeros(n_outputs, 1, dtype=torch.float64, device=device)
         if self.prior == "fixed":
             alpha = np.full(shape, self.weight_precision) / scale_x / scale_x
             return torch.as_tensor(alpha, device=device)
@@ -345,18 +397,19 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             return start(statistics, prior).expand(shape).contiguous()
         model = self._model
         n_features = statistics.basis.shape[0]
-        if (self.prior, n_outputs, n_features) != (model.kind, *model.posterior.factor.mean.shape):
+        before = (model.kind, *model.posterior.factor.mean.shape, *model.alpha.shape)
+        if before != (self.prior, n_outputs, n_features, *shape):
             raise ValueError(
-                "warm_start=True cannot continue the previous fit: prior, the number of outputs "
-                "or the number of features has changed. Set warm_start=False, or fit a clone."
+                "warm_start=True cannot continue the previous fit: prior, the number of outputs, "
+                "of features or of groups has changed. Set warm_start=False, or fit a clone."
             )
         return torch.as_tensor(model.alpha / scale_x / scale_x, device=device)
 
     def _climb(
-        self, statistics: Statistics, prior: Prior, y: Affine, alpha: Tensor
+        self, statistics: Statistics, prior: Prior, x: Affine, y: Affine, alpha: Tensor
     ) -> Solution[State]:
-        # densities of y in its own units
-        log_units = -statistics.n_observed * y.log_abs_det
+        # densities of y, and of flat coefficients, in their own units
+        log_units = _log_units_of_flat(prior, x, y) - statistics.n_observed * y.log_abs_det
         first = evaluate(statistics, prior, alpha)
         monitor = Monitor(
             self.tol, scale=statistics.total, verbose=self.verbose, name="BayesianLinearVI"
@@ -364,11 +417,11 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         smallest_rise = self.tol * statistics.total / len(alpha)
 
         def step(state: State) -> tuple[State, float]:
-            if self.prior != "fixed":
+            if prior.weight is not None:
                 state = improve(statistics, prior, state, smallest_rise)
             return state, float(state.bound.sum()) + log_units
 
-        if self.prior != "fixed":
+        if prior.weight is not None:
             return climb(step, first, max_iter=self.max_iter, monitor=monitor)
         # Nothing to iterate: q(w, b, beta) is the exact posterior.
         solution = climb(step, first, max_iter=1, monitor=monitor)
@@ -399,7 +452,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         mean, per_feature = posterior.factor.mean, y.scale[:, None] / x.scale
         std = np.sqrt(to_numpy(variances(_as_tensors(posterior, "cpu").factor)))
         std *= np.sqrt(noise_variance)[:, None]
-        scale_x = x.scale if self.prior == "ard" else x.scale[:1]
+        group = self._group(len(x.scale))
+        scale_x = x.scale[np.unique(group, return_index=True)[1]]
         alpha = to_numpy(state.alpha) * scale_x * scale_x
         coef = mean * per_feature
         centre_x, centre_y = x.shift + posterior.centre_x * x.scale, y.shift
@@ -423,10 +477,13 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         self.coef_std_ = (std * per_feature)[outputs]
         self.coef_snr_ = (np.abs(mean) / std)[outputs]
         self.noise_precision_ = noise_precision[outputs]
-        self.weight_precision_ = (alpha if self.prior == "ard" else alpha[:, 0])[outputs]
+        one_precision = prior.weight is not None and alpha.shape[1] == 1
+        one_each = self.prior == "ard" or self.groups is not None
+        self.weight_precision_ = (alpha[:, group] if one_each else alpha[:, 0])[outputs]
         self.elbo_ = solution.bound
-        # q(b | w, beta) has a density in the units of y, its prior has none
-        self.kl_ = float(state.kl.sum()) - float(statistics.intercept) * y.log_abs_det
+        # q(b | w, beta) has a density in the units of y, its prior has none; likewise flat weights
+        flat_units = float(statistics.intercept) * y.log_abs_det + _log_units_of_flat(prior, x, y)
+        self.kl_ = float(state.kl.sum()) - flat_units
         self.elbo_history_ = solution.history
         self.n_iter_ = solution.n_iter
         self.converged_ = solution.status is Status.CONVERGED
@@ -438,7 +495,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             alpha=alpha,
             posterior=posterior,
             prior=_map_record(to_numpy, prior),
-            statistics=_map_record(to_numpy, statistics) if self.prior == "ridge" else None,
+            statistics=_map_record(to_numpy, statistics) if one_precision else None,
         )
 
     # -- attributes built when asked for ----------------------------------------------------------
@@ -462,12 +519,13 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         """Exact ``log p(y | X)`` in nats."""
         check_is_fitted(self)
         model = self._model
-        if model.kind == "fixed":
+        if model.prior.weight is None:
             return self.elbo_
         if model.statistics is None:
             raise AttributeError(
-                "log_evidence_ does not exist for prior='ard', whose evidence has no closed form "
-                "or low-dimensional integral; it does for prior='ridge' and 'fixed'."
+                "log_evidence_ does not exist for several learnt precisions, where the evidence "
+                "has no closed form or low-dimensional integral; it does for prior='ridge' "
+                "without groups, 'fixed' and 'flat'."
             )
         statistics = _as_tensors(model.statistics, "cpu")
         in_fitted_units = evidence.log_evidence(statistics, _as_tensors(model.prior, "cpu"))
@@ -756,6 +814,13 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         # what comes out depends on y and is float64, whatever X is
         tags.transformer_tags.preserves_dtype = []
         return tags
+
+
+def _log_units_of_flat(prior: Prior, x: Affine, y: Affine) -> float:
+    """Log of the volume that a unit cube of fitted flat weights has in the units of the data."""
+    if not prior.n_flat:
+        return 0.0
+    return prior.n_flat * y.log_abs_det - len(y.scale) * x.log_abs_det
 
 
 def _as_tensors(record: Record, device: torch.device | str) -> Record:

@@ -10,7 +10,10 @@ With :math:`\gamma_g = p_g - \alpha_g \mathrm{tr} V_{gg}` [relevance] and all te
 
 Source: Drugowitsch (2013), arXiv:1310.5438, the bound of the linear model, rearranged so that no
 large terms cancel. The flat intercept, :math:`q(b | w, \beta) = N(\bar y - \bar x'w, 1/(n\beta))`,
-adds :math:`-\frac12` to the first line and its negative entropy to the divergence.
+adds :math:`-\frac12` to the first line and its negative entropy to the divergence. Flat weights,
+:math:`q(w | \beta) = N(m, (\beta G)^{-1})`, put their negative entropy in the place of KL(w):
+
+.. math:: \tfrac p2 (E\log\beta - \log 2\pi - 1) + \tfrac12 \log|G|
 """
 
 import math
@@ -22,7 +25,7 @@ from torch import Tensor
 from skvi.distributions import gamma
 from skvi.distributions.normal import LOG_2PI
 from skvi.models.linear.reduction import Statistics
-from skvi.models.linear.weights import Weights, solve
+from skvi.models.linear.weights import Weights, least_squares, solve
 
 # Precisions stay normal numbers.
 _LOG_ALPHA_LIMIT = 690.0
@@ -39,10 +42,13 @@ class WeightPrior(NamedTuple):
         c0.
     rate : Tensor of shape (H,)
         d0, in units of x to the power -2.
+    group : Tensor of shape (D,), optional
+        Which precision g each feature has; None if all have one (H = 1) or each its own (H = D).
     """
 
     shape: float
     rate: Tensor
+    group: Tensor | None = None
 
 
 class Prior(NamedTuple):
@@ -56,11 +62,19 @@ class Prior(NamedTuple):
         b0, in units of y squared.
     weight : WeightPrior or None
         None if alpha is known.
+    n_flat : int
+        How many weights have the flat prior ``p(w) = 1``: none or all D, and alpha is zero then.
     """
 
     noise_shape: float
     noise_rate: Tensor
     weight: WeightPrior | None
+    n_flat: int = 0
+
+    @property
+    def group(self) -> Tensor | None:
+        """Which precision each feature has, if that is neither one for all nor one each."""
+        return None if self.weight is None else self.weight.group
 
 
 class State(NamedTuple):
@@ -93,18 +107,21 @@ class State(NamedTuple):
 
 
 def noise_shape(statistics: Statistics, prior: Prior) -> float:
-    """Shape of q(beta): ``a0 + n/2``, with n - 1 for n if there is an intercept."""
-    return prior.noise_shape + statistics.n_observed / 2.0
+    """Shape of q(beta): ``a0 + n/2``, where n is less one row for each flat coefficient."""
+    return prior.noise_shape + (statistics.n_observed - prior.n_flat) / 2.0
 
 
-def group_size(statistics: Statistics, alpha: Tensor) -> float:
-    """Return p_g: how many features share one precision."""
-    return statistics.basis.shape[0] / alpha.shape[1]
+def group_size(statistics: Statistics, prior: Prior, alpha: Tensor) -> Tensor:
+    """Return p_g, shape (H,): how many features share each precision."""
+    if prior.group is None:
+        return torch.full_like(alpha[0], statistics.basis.shape[0] / alpha.shape[1])
+    return torch.bincount(prior.group).to(alpha.dtype)
 
 
 def evaluate(statistics: Statistics, prior: Prior, alpha: Tensor) -> State:
     """Return the best posterior given q(alpha), and its bound."""
-    weights = solve(statistics, alpha)
+    flat = prior.n_flat > 0
+    weights = least_squares(statistics) if flat else solve(statistics, alpha, prior.group)
     penalty = (alpha * weights.norm).sum(-1)
     rate = prior.noise_rate + 0.5 * (weights.squares + penalty)
     shape = torch.full_like(rate, noise_shape(statistics, prior))
@@ -114,16 +131,18 @@ def evaluate(statistics: Statistics, prior: Prior, alpha: Tensor) -> State:
     total, relevance = statistics.total, weights.relevance.sum(-1)
     log_lik = 0.5 * (total * (E_log_noise - LOG_2PI) - E_noise * weights.squares - relevance)
     kl = 0.5 * (E_noise * penalty - relevance + weights.log_det)
+    kl = kl + 0.5 * prior.n_flat * (E_log_noise - LOG_2PI)
     kl = kl + gamma.kl(shape, rate, torch.full_like(rate, prior.noise_shape), prior.noise_rate)
     if statistics.intercept:
         log_lik = log_lik - 0.5
         kl = kl + 0.5 * (E_log_noise + math.log(total) - LOG_2PI - 1.0)
     if prior.weight is not None:
         shape0 = torch.full_like(alpha, prior.weight.shape)
-        shape_alpha = shape0 + group_size(statistics, alpha) / 2.0
+        size = group_size(statistics, prior, alpha)
+        shape_alpha = shape0 + size / 2.0
         rate_alpha = shape_alpha / alpha
         log_excess = shape_alpha.log() - torch.digamma(shape_alpha)  # log E[alpha] - E[log alpha]
-        kl = kl + 0.5 * group_size(statistics, alpha) * log_excess.sum(-1)
+        kl = kl + 0.5 * (size * log_excess).sum(-1)
         kl = kl + gamma.kl(shape_alpha, rate_alpha, shape0, prior.weight.rate).sum(-1)
     return State(alpha, weights, rate, log_lik, kl)
 
@@ -139,7 +158,8 @@ def start(statistics: Statistics, prior: Prior) -> Tensor:
         log_largest + torch.linspace(-24.0, 8.0, 65, dtype=like.dtype, device=like.device)
     ).exp()
     if prior.weight is not None:
-        shared = prior.weight._replace(rate=prior.weight.rate.mean(0, keepdim=True))
+        rate = prior.weight.rate.mean(0, keepdim=True)
+        shared = prior.weight._replace(rate=rate, group=None)
         prior = prior._replace(weight=shared)
 
     def best(m: int) -> Tensor:
@@ -162,7 +182,7 @@ def coordinate_update(statistics: Statistics, prior: Prior, state: State) -> Ten
     10.95, with the prior of the weights scaled by the noise.
     """
     assert prior.weight is not None
-    weights, size = state.weights, group_size(statistics, state.alpha)
+    weights, size = state.weights, group_size(statistics, prior, state.alpha)
     E_noise = (noise_shape(statistics, prior) / state.noise_rate)[:, None]
     trace = (size - weights.relevance) / state.alpha
     return (2.0 * prior.weight.shape + size) / (

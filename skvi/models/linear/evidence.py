@@ -74,7 +74,7 @@ def _only_output_prior(prior: Prior, m: int) -> Prior:
 
 def _integrate(statistics: Statistics, prior: Prior) -> Tensor:
     assert prior.weight is not None
-    c0, rate = prior.weight
+    c0, rate = prior.weight.shape, prior.weight.rate
     log_rate = float(rate.log())
 
     def integrand(log_alpha: Tensor) -> Tensor:

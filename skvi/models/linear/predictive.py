@@ -51,8 +51,9 @@ class Posterior(NamedTuple):
 def make_posterior(statistics: Statistics, prior: Prior, state: State) -> Posterior:
     """Collect what predictions need from the end of a climb."""
     shared = 1.0 / statistics.total if statistics.intercept else 0.0
+    alpha = state.alpha if prior.group is None else state.alpha[:, prior.group]
     return Posterior(
-        factor=factorise(statistics, state.alpha),
+        factor=factorise(statistics, alpha),
         noise_shape=torch.full_like(state.noise_rate[0], noise_shape(statistics, prior)),
         noise_rate=state.noise_rate,
         centre_x=statistics.centre_x,

@@ -139,7 +139,9 @@ def _by_svd(x: Rows, y: Rows, intercept: bool) -> Statistics:
     )
 
 
-def root_scale(values: np.ndarray) -> float:
-    """Root mean square of non-negative numbers of any magnitude."""
-    largest = values.max()
-    return float(largest * np.sqrt(np.mean((values / largest) ** 2))) if largest > 0 else 0.0
+def root_scale(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Root mean square of non-negative numbers of any magnitude in each group, shape (H,)."""
+    largest = np.zeros(group.max() + 1)
+    np.maximum.at(largest, group, values)
+    unit = np.where(largest > 0.0, largest, 1.0)
+    return unit * np.sqrt(np.bincount(group, (values / unit[group]) ** 2) / np.bincount(group))
