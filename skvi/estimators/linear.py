@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from sklearn.base import RegressorMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import r2_score
@@ -141,6 +142,9 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         Posterior standard deviations of w; infinite with a <= 1.
     coef_snr_ : ndarray, shape of `coef_`
         ``|coef_| / coef_std_``: importance for :class:`sklearn.feature_selection.SelectFromModel`.
+    relevance_ : ndarray, shape of `coef_`
+        ``1 - E[alpha_j] V_jj``, in [0, 1]: how much of what is known about a weight comes from
+        the rows (1) and not from its prior (0). The sum is the effective number of weights.
     noise_precision_ : float or ndarray of shape (n_outputs,)
         E[beta].
     weight_precision_ : float, ndarray of shape (n_features,), or with n_outputs in front
@@ -161,6 +165,9 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         "flat"; there is no such attribute for "ard" and with several groups. With flat weights
         it is a log evidence up to the constant of that improper prior: it compares noise priors,
         but not sets of features.
+    evidence_gap_ : float
+        ``log_evidence_ - elbo_``, never negative beyond rounding: the Kullback-Leibler divergence
+        of the approximate from the exact posterior, in nats. Exists where `log_evidence_` does.
     n_iter_ : int
         Number of passes.
     converged_ : bool
@@ -450,11 +457,13 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         posterior = _map_record(to_numpy, posterior)
 
         mean, per_feature = posterior.factor.mean, y.scale[:, None] / x.scale
-        std = np.sqrt(to_numpy(variances(_as_tensors(posterior, "cpu").factor)))
-        std *= np.sqrt(noise_variance)[:, None]
+        V_diag = to_numpy(variances(_as_tensors(posterior, "cpu").factor))  # (M, D)
+        std = np.sqrt(V_diag) * np.sqrt(noise_variance)[:, None]
         group = self._group(len(x.scale))
         scale_x = x.scale[np.unique(group, return_index=True)[1]]
-        alpha = to_numpy(state.alpha) * scale_x * scale_x
+        alpha = to_numpy(state.alpha)
+        relevance = 1.0 - (alpha[:, group] if alpha.shape[1] > 1 else alpha) * V_diag
+        alpha = alpha * scale_x * scale_x
         coef = mean * per_feature
         centre_x, centre_y = x.shift + posterior.centre_x * x.scale, y.shift
         intercept = centre_y + posterior.centre_y * y.scale - coef @ centre_x
@@ -476,6 +485,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         self.intercept_ = (intercept if self.fit_intercept else np.zeros_like(intercept))[outputs]
         self.coef_std_ = (std * per_feature)[outputs]
         self.coef_snr_ = (np.abs(mean) / std)[outputs]
+        self.relevance_ = relevance.clip(0.0, 1.0)[outputs]
         self.noise_precision_ = noise_precision[outputs]
         one_precision = prior.weight is not None and alpha.shape[1] == 1
         one_each = self.prior == "ard" or self.groups is not None
@@ -531,6 +541,11 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         in_fitted_units = evidence.log_evidence(statistics, _as_tensors(model.prior, "cpu"))
         return float(in_fitted_units.sum()) - statistics.n_observed * model.y.log_abs_det
 
+    @property
+    def evidence_gap_(self) -> float:
+        """What the bound gives away, ``log_evidence_ - elbo_``, in nats."""
+        return self.log_evidence_ - self.elbo_
+
     # -- predictions ------------------------------------------------------------------------------
 
     def predict(self, X: Any, return_std: bool = False, return_cov: bool = False) -> Any:
@@ -582,6 +597,46 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             _check_reach(cov)
             return mean, cov[0] if self._model.single else cov
         return mean
+
+    def predict_interval(self, X: Any, level: float = 0.9) -> np.ndarray:
+        r"""Return central intervals that hold a new response with probability `level`.
+
+        Quantiles of the posterior predictive, a Student-t with 2a degrees of freedom:
+
+        .. math:: \mu \pm t_{2a}\left(\tfrac{1 + \mathrm{level}}2\right) \sqrt{\tfrac ba (1 + k)}
+
+        They exist even where the predictive has no variance.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        level : float, default=0.9
+            Between 0 and 1, both excluded.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, 2) or (n_samples, n_outputs, 2)
+            Lower and upper end, in the units of y, for each row and output by itself.
+
+        Raises
+        ------
+        ValueError
+            For a `level` outside (0, 1); for ends beyond the range of float64.
+        """
+        check_is_fitted(self)
+        if not isinstance(level, Real) or not 0.0 < level < 1.0:
+            raise ValueError(f"level={level!r} must be a probability between 0 and 1.")
+        door = self._door(X, reset=False)
+        dof = 2.0 * float(self._model.posterior.noise_shape)
+        quantile = float(stdtrit(dof, 0.5 + 0.5 * level))
+
+        def ends(q: Posterior, x: Tensor) -> Tensor:
+            centre, reach = predictive.mean(q, x), quantile * predictive.scale(q, x)
+            return torch.stack([centre - reach, centre + reach], dim=-1)
+
+        units = self._model.y
+        values = self._per_row(door, ends)  # (N, M, 2)
+        return self._squeeze(units.shift[:, None] + units.scale[:, None] * values)
 
     def transform(self, X: Any) -> np.ndarray:
         """Return predictive mean and standard deviation as columns.

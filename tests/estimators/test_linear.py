@@ -130,11 +130,12 @@ def test_every_prior_parameter_in_the_units_of_the_docstring(prior, fit_intercep
 def test_diabetes_ranks_the_priors_and_leaves_little_gap():
     X, y = load_diabetes(return_X_y=True)
     ridge = BayesianLinearVI().fit(X, y)
-    assert 0.0 < ridge.log_evidence_ - ridge.elbo_ < 0.2
+    assert 0.0 < ridge.evidence_gap_ == ridge.log_evidence_ - ridge.elbo_ < 0.2
     fixed = BayesianLinearVI(prior="fixed", weight_precision=ridge.weight_precision_).fit(X, y)
     np.testing.assert_allclose(fixed.coef_, ridge.coef_, rtol=1e-12)
     np.testing.assert_allclose(fixed.noise_precision_, ridge.noise_precision_, rtol=1e-12)
     assert fixed.log_evidence_ == fixed.elbo_ > ridge.log_evidence_
+    assert fixed.evidence_gap_ == 0.0
     assert (fixed.n_iter_, fixed.converged_) == (1, True)
     sklearns = BayesianRidge().fit(X, y)
     assert ridge.r2_score(X, y) == pytest.approx(sklearns.score(X, y), abs=0.01)
@@ -164,6 +165,7 @@ def test_log_evidence_is_absent_for_ard_and_before_fit(rng):
         _ = model.log_evidence_
     # the fitted prior decides, not the parameter
     assert not hasattr(model.set_params(prior="ridge"), "log_evidence_")
+    assert not hasattr(model, "evidence_gap_")
 
 
 # -- flat weights and groups ----------------------------------------------------------------------
@@ -423,6 +425,72 @@ def test_predict_and_transform_agree(prior, rng, device):
         float(beta.noise_rate[0] / (beta.noise_shape - 1)) * model._model.y.scale[0] ** 2
     )
     assert difference == pytest.approx(of_weights + 2 * noise_variance, rel=1e-8)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.999])
+def test_intervals_hold_what_they_promise(level, rng):
+    X, y = _data(rng)
+    model = BayesianLinearVI().fit(X, y)
+    ends = model.predict_interval(X[:3], level)
+    assert ends.shape == (3, 2)
+    draws = model.sample_y(X[:3], n_samples=20_000)
+    inside = (ends[:, :1] < draws) & (draws < ends[:, 1:])
+    error = np.sqrt(level * (1 - level) / 20_000)
+    assert (np.abs(inside.mean(axis=1) - level) < 5 * error).all()
+    np.testing.assert_allclose(ends.mean(axis=1), model.predict(X[:3]), rtol=1e-12)
+    # the density has the same height at both ends, and the ends are its quantiles
+    low, high = (model.log_predictive(X[:3], end) for end in ends.T)
+    np.testing.assert_allclose(low, high, rtol=1e-10)
+    beta = model._model.posterior
+    mean, std = model.predict(X[:3], return_std=True)
+    dof = 2 * float(beta.noise_shape)
+    law = stats.t(dof, mean, std * np.sqrt((dof - 2) / dof))
+    np.testing.assert_allclose(law.cdf(ends.T), np.outer([1 - level, 1 + level], np.ones(3)) / 2)
+
+
+def test_intervals_of_several_outputs_few_rows_and_wrong_levels(rng):
+    X, y = _data(rng, outputs=2)
+    ends = BayesianLinearVI().fit(X, y).predict_interval(X)
+    assert ends.shape == (40, 2, 2)
+    alone = BayesianLinearVI().fit(X, y[:, 1]).predict_interval(X)
+    np.testing.assert_allclose(ends[:, 1], alone, rtol=1e-9)
+    # two rows: no variance, but quantiles
+    model = BayesianLinearVI().fit(X[:2], y[:2, 0])
+    assert np.isfinite(model.predict_interval(X)).all()
+    for level in (0.0, 1.0, -0.1, 90, "0.9"):
+        with pytest.raises(ValueError, match="level"):
+            model.predict_interval(X, level)
+
+
+def test_relevance_counts_the_weights_that_the_rows_determine(rng):
+    X = rng.normal(size=(60, 8))
+    y = X[:, :3] @ [2.0, -1.0, 3.0] + 0.5 * rng.normal(size=60)
+    ard = BayesianLinearVI(prior="ard").fit(X, y)
+    assert (ard.relevance_[:3] > 0.95).all()
+    assert (ard.relevance_[3:] < 0.7).all()
+    variance = 1.0 / ard.noise_precision_ * ard._model.posterior.noise_shape
+    variance /= ard._model.posterior.noise_shape - 1
+    expected = 1 - ard.weight_precision_ * ard.coef_std_**2 / variance
+    np.testing.assert_allclose(ard.relevance_, expected, atol=1e-9)
+    np.testing.assert_array_equal(BayesianLinearVI(prior="flat").fit(X, y).relevance_, 1.0)
+    for prior in ("ridge", "fixed"):  # trace of the smoother, by the dense formula
+        model = BayesianLinearVI(prior=prior).fit(X, y)
+        gram = np.cov(X.T, bias=True) * 60
+        smoother = linalg.solve(gram + model.weight_precision_ * np.eye(8), gram)
+        np.testing.assert_allclose(model.relevance_, np.diag(smoother), rtol=1e-9)
+    two = BayesianLinearVI(groups=[0] * 3 + [1] * 5).fit(X, np.column_stack([y, -y]))
+    assert two.relevance_.shape == (2, 8)
+    np.testing.assert_allclose(two.relevance_[0], two.relevance_[1], rtol=1e-6)
+
+
+def test_features_are_selected_by_their_signal_to_noise_ratio(rng):
+    X = rng.normal(size=(80, 10))
+    y = X[:, [1, 4]] @ [1.0, -2.0] + 0.5 * rng.normal(size=80)
+    for prior in PRIORS:
+        model = BayesianLinearVI(prior=prior)
+        selector = SelectFromModel(model, importance_getter="coef_snr_", threshold=5.0).fit(X, y)
+        assert np.flatnonzero(selector.get_support()).tolist() == [1, 4], prior
+        assert selector.transform(X).shape == (80, 2)
 
 
 def test_sample_y_shapes_seeds_and_moments(rng):

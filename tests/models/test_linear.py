@@ -678,6 +678,7 @@ def test_predictions_equal_dense_algebra(n, p, groups, intercept, rng):
     )
     torch.testing.assert_close(predictive.expected_log_lik(posterior, x, y)[:, 0], expected)
     scale = (law.rate / law.shape * (1 + leverage.diagonal())).sqrt().numpy()
+    np.testing.assert_allclose(predictive.scale(posterior, x)[:, 0], scale, rtol=1e-10)
     t = stats.t.logpdf(y[:, 0].numpy(), 2 * float(law.shape), mean.numpy(), scale)
     np.testing.assert_allclose(predictive.log_predictive(posterior, x, y)[:, 0], t, rtol=1e-10)
 
