@@ -18,7 +18,7 @@ from skvi.estimators._base import Door, VariationalEstimator, to_host, to_numpy,
 from skvi.estimators._compat import Interval, StrOptions, check_feature_names_in, fit_context
 from skvi.inference.loop import Solution, climb
 from skvi.inference.monitor import Monitor, Status
-from skvi.models.linear import evidence, predictive
+from skvi.models.linear import evidence, predictive, stream
 from skvi.models.linear.climb import (
     Prior,
     State,
@@ -60,8 +60,8 @@ class _Model(NamedTuple):
         E[alpha] in the units of the data.
     posterior : Posterior
     prior : Prior
-    statistics : Statistics or None
-        What the exact evidence is integrated from; kept for a single learnt precision only.
+    statistics : Statistics
+        Of all rows seen: for the exact evidence and for `partial_fit`.
     """
 
     kind: str
@@ -71,7 +71,7 @@ class _Model(NamedTuple):
     alpha: np.ndarray
     posterior: Posterior
     prior: Prior
-    statistics: Statistics | None
+    statistics: Statistics
 
 
 class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
@@ -168,6 +168,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     evidence_gap_ : float
         ``log_evidence_ - elbo_``, never negative beyond rounding: the Kullback-Leibler divergence
         of the approximate from the exact posterior, in nats. Exists where `log_evidence_` does.
+    n_samples_seen_ : float
+        Sum of the sample weights of all rows of the last `fit` and of `partial_fit` since.
     n_iter_ : int
         Number of passes.
     converged_ : bool
@@ -287,38 +289,134 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         """
         with self._all_or_nothing():
             door = self._door(X, y, reset=True, target=True)
-            weight = self._weights(sample_weight, door.X)
-            self._fit(door, weight)
+            X, outputs, weight = self._seen_rows(door, sample_weight)
+            group = self._group(X.shape[1])
+            x, spread_x = self._units(*weighted_moments(X, weight), group)
+            own = np.arange(outputs.shape[1])
+            y, spread_y = self._units(*weighted_moments(outputs, weight), own)
+            statistics = reduce_rows(
+                Rows(X, x, door.device, weight),
+                Rows(outputs, y, door.device, weight),
+                intercept=self.fit_intercept,
+            )
+            self._fit(door, statistics, self._hyperparameters(spread_x, spread_y, group), x, y)
+        self._warn_unless_converged()
+        return self
+
+    @fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Add rows to those seen before, and maximise the bound for all of them.
+
+        Exact: any split of the rows into any number of blocks in any order gives the posterior of
+        one :meth:`fit` on all rows, up to rounding. What is kept of the rows seen is their number,
+        their means and a root of their scatter matrix; memory O(block + D^2) and a decomposition
+        of D^3 operations each call, so blocks should have more rows than features. The units of
+        the priors, var(y) and var(x), are those of all rows so far. Continues after `fit` as well.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+            Of the same form in each call.
+        sample_weight : array-like of shape (n_samples,), default=None
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            As in :meth:`fit`, on all rows so far: ``prior="flat"`` needs a first block with full
+            column rank. If the number of features or outputs, or `fit_intercept`, has changed.
+            The estimator then stays as it was before the call.
+        """
+        with self._all_or_nothing():
+            model: _Model | None = getattr(self, "_model", None)
+            door = self._door(X, y, reset=model is None, target=True)
+            X, outputs, weight = self._seen_rows(door, sample_weight)
+            if model is not None:
+                self._check_continues(model, door, outputs)
+            summary = self._merge(model, X, outputs, weight, door.device)
+            mean = to_numpy(summary.origin + summary.mean)
+            std = to_numpy(stream.spread(summary))
+            n_features, group = X.shape[1], self._group(X.shape[1])
+            own = np.arange(outputs.shape[1])
+            x, spread_x = self._units(mean[:n_features], std[:n_features], group)
+            y, spread_y = self._units(mean[n_features:], std[n_features:], own)
+            statistics = stream.reduce_summary(summary, x, y, intercept=self.fit_intercept)
+            self._fit(door, statistics, self._hyperparameters(spread_x, spread_y, group), x, y)
+        self._warn_unless_converged()
+        return self
+
+    def _warn_unless_converged(self) -> None:
         if not self.converged_:
             warnings.warn(
                 f"The bound had not converged to tol={self.tol:g} nats per row after "
                 f"{self.n_iter_} passes; increase max_iter or tol.",
                 ConvergenceWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        return self
 
-    def _fit(self, door: Door, weight: np.ndarray) -> None:
+    def _seen_rows(
+        self, door: Door, sample_weight: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return X, outputs (N, M) and weights of the rows whose weight is not zero."""
         assert door.y is not None  # the door was opened with target=True
+        weight = self._weights(sample_weight, door.X)
         outputs = door.y.reshape(len(door.y), -1)
         kept = slice(None) if weight.all() else weight > 0
-        X, outputs, weight = door.X[kept], outputs[kept], weight[kept]
+        return door.X[kept], outputs[kept], weight[kept]
 
-        group = self._group(X.shape[1])
-        x, spread_x = self._units(X, weight, group)
-        y, spread_y = self._units(outputs, weight, np.arange(outputs.shape[1]))
-        statistics = reduce_rows(
-            Rows(X, x, door.device, weight),
-            Rows(outputs, y, door.device, weight),
+    def _check_continues(self, model: _Model, door: Door, outputs: np.ndarray) -> None:
+        assert door.y is not None
+        if (outputs.shape[1], door.y.ndim == 1) != (len(model.y.scale), model.single):
+            raise ValueError(
+                f"y has {outputs.shape[1]} output(s) and {door.y.ndim} dimension(s), unlike the y "
+                f"of the rows seen before, which had {len(model.y.scale)} output(s); pass a y of "
+                "the same form, or fit a clone."
+            )
+        if model.statistics.intercept != self.fit_intercept:
+            raise ValueError(
+                "fit_intercept has changed since the rows seen before were summarised; partial_fit "
+                "cannot continue with another one. Fit a clone."
+            )
+
+    def _merge(
+        self,
+        model: _Model | None,
+        X: np.ndarray,
+        outputs: np.ndarray,
+        weight: np.ndarray,
+        device: torch.device,
+    ) -> stream.Summary:
+        """Summarise the rows, and those of `model` if there is one."""
+        seen = None
+        # The first row, or later the mean: a constant column keeps a spread of exactly zero.
+        origin_x, origin_y = X[0].astype(np.float64), outputs[0]
+        if not self.fit_intercept:
+            origin_x, origin_y = np.zeros_like(origin_x), np.zeros_like(origin_y)
+        elif model is not None:
+            origin_x, origin_y = model.x.shift, model.y.shift
+        if model is not None:
+            statistics = _as_tensors(model.statistics, device)
+            seen = stream.restore_summary(statistics, model.x, model.y)
+        block = stream.summarise(
+            Rows(X, Affine(origin_x, np.ones_like(origin_x)), device, weight),
+            Rows(outputs, Affine(origin_y, np.ones_like(origin_y)), device, weight),
+            torch.as_tensor(np.concatenate([origin_x, origin_y]), device=device),
             intercept=self.fit_intercept,
         )
-        prior = self._hyperparameters(spread_x, spread_y, group, door.device)
+        return block if seen is None else stream.merge(seen, block)
+
+    def _fit(self, door: Door, statistics: Statistics, prior: Prior, x: Affine, y: Affine) -> None:
+        prior, group = _as_tensors(prior, door.device), self._group(len(x.scale))
         n_features, rank = statistics.basis.shape
         if prior.n_flat and rank < n_features:
             raise ValueError(
-                f'prior="flat" needs linearly independent columns, but the rows (n_samples='
-                f"{len(door.X)}) have {n_features} columns of rank {rank}. Remove columns, add "
-                'rows, or use prior="ridge".'
+                f'prior="flat" needs linearly independent columns, but the rows (the last call has '
+                f"n_samples={len(door.X)}) have {n_features} columns of rank {rank}. Remove "
+                'columns, add rows, or use prior="ridge".'
             )
         if noise_shape(statistics, prior) <= 0.0:
             raise ValueError(
@@ -353,15 +451,14 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         return np.arange(n_features) if one_each else np.zeros(n_features, dtype=np.intp)
 
     def _units(
-        self, array: np.ndarray, weight: np.ndarray, group: np.ndarray
+        self, mean: np.ndarray, std: np.ndarray, group: np.ndarray
     ) -> tuple[Affine, np.ndarray]:
         """Return the fitted units of the columns and their spread in these units.
 
-        The spread is the standard deviation, or the root mean square without an intercept; that
-        of a constant column is the size of the constant, or one. The columns of a group have the
-        scale of the root mean square of their spreads, and that is what is returned, shape (H,).
+        The spread is the standard deviation `std`, or the root mean square without an intercept;
+        that of a constant column is the size of the constant, or one. The columns of a group have
+        the scale of the root mean square of their spreads, and that is what is returned, (H,).
         """
-        mean, std = weighted_moments(array, weight)
         spread = root_scale(std if self.fit_intercept else np.hypot(mean, std), group)
         size = root_scale(np.abs(mean), group)
         spread = np.where(spread > 0.0, spread, np.where(size > 0.0, size, 1.0))
@@ -374,19 +471,18 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         spread_x: np.ndarray,
         spread_y: np.ndarray,
         group: np.ndarray,
-        device: torch.device,
     ) -> Prior:
-        noise_rate = torch.as_tensor(self.noise_rate * spread_y**2, device=device)
+        noise_rate = torch.as_tensor(self.noise_rate * spread_y**2)
         if self.prior in {"fixed", "flat"}:
             n_flat = len(group) if self.prior == "flat" else 0
             return Prior(float(self.noise_shape), noise_rate, None, n_flat)
-        weight_rate = torch.as_tensor(self.weight_rate / spread_x**2, device=device)
+        weight_rate = torch.as_tensor(self.weight_rate / spread_x**2)
         # one precision for all and one for each feature have their own ways
         several = 1 < len(spread_x) < len(group)
         weight = WeightPrior(
             float(self.weight_shape),
             weight_rate,
-            torch.as_tensor(group, device=device) if several else None,
+            torch.as_tensor(group) if several else None,
         )
         return Prior(float(self.noise_shape), noise_rate, weight)
 
@@ -487,7 +583,6 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         self.coef_snr_ = (np.abs(mean) / std)[outputs]
         self.relevance_ = relevance.clip(0.0, 1.0)[outputs]
         self.noise_precision_ = noise_precision[outputs]
-        one_precision = prior.weight is not None and alpha.shape[1] == 1
         one_each = self.prior == "ard" or self.groups is not None
         self.weight_precision_ = (alpha[:, group] if one_each else alpha[:, 0])[outputs]
         self.elbo_ = solution.bound
@@ -495,6 +590,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         flat_units = float(statistics.intercept) * y.log_abs_det + _log_units_of_flat(prior, x, y)
         self.kl_ = float(state.kl.sum()) - flat_units
         self.elbo_history_ = solution.history
+        self.n_samples_seen_ = statistics.total
         self.n_iter_ = solution.n_iter
         self.converged_ = solution.status is Status.CONVERGED
         self._model = _Model(
@@ -505,7 +601,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             alpha=alpha,
             posterior=posterior,
             prior=_map_record(to_numpy, prior),
-            statistics=_map_record(to_numpy, statistics) if one_precision else None,
+            statistics=_map_record(to_numpy, statistics),
         )
 
     # -- attributes built when asked for ----------------------------------------------------------
@@ -531,7 +627,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         model = self._model
         if model.prior.weight is None:
             return self.elbo_
-        if model.statistics is None:
+        if model.alpha.shape[1] > 1:
             raise AttributeError(
                 "log_evidence_ does not exist for several learnt precisions, where the evidence "
                 "has no closed form or low-dimensional integral; it does for prior='ridge' "

@@ -269,6 +269,100 @@ def test_errors_of_groups(rng):
         model.set_params(groups=list("abcd")).fit(X, y)
 
 
+# -- rows in blocks -------------------------------------------------------------------------------
+
+
+def _stream(model, X, y, weight, order, cuts):
+    """Rows in the given order, cut into blocks."""
+    for block in np.split(order, cuts):
+        model.partial_fit(X[block], y[block], sample_weight=weight[block])
+    return model
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("fit_intercept", [True, False])
+@pytest.mark.parametrize("outputs", [None, 2])
+def test_blocks_give_the_posterior_of_one_fit(prior, fit_intercept, outputs, rng):
+    X, y = _data(rng, 60, 4, outputs)
+    weight = rng.integers(1, 4, size=60).astype(float)
+    weight[7] = 0.0
+    # an early stop would leave own precisions where rounding takes them
+    tol = 0.0 if prior == "ard" else 1e-10
+    model = BayesianLinearVI(prior=prior, fit_intercept=fit_intercept, tol=tol)
+    batch = clone(model).fit(X, y, sample_weight=weight)
+    first = 8 if prior == "flat" else 2
+    for cuts in [[], [first, 20, 21, 40], list(range(first, 60))]:
+        order = rng.permutation(np.flatnonzero(weight))
+        cuts = [cut for cut in cuts if cut < len(order)]
+        parts = _stream(clone(model), X, y, weight, order, cuts)
+        _assert_same_fit(parts, batch, rtol=1e-6 if prior == "ard" else 1e-10)
+        assert parts.n_samples_seen_ == batch.n_samples_seen_ == weight.sum()
+        assert parts.kl_ == pytest.approx(batch.kl_, rel=1e-9, abs=1e-8)
+        np.testing.assert_allclose(parts.score_samples(X, y), batch.score_samples(X, y), atol=1e-6)
+        _assert_identity(parts, X, y, weight)
+        _assert_never_falls(parts.elbo_history_)
+
+
+@given(seed=st.integers(0, 2**31 - 1), n_cuts=st.integers(0, 6), prior=st.sampled_from(PRIORS))
+def test_any_split_in_any_order_is_the_batch(seed, n_cuts, prior):
+    """Offsets, units, twins and constants included; the posterior, not only the statistics."""
+    rng = np.random.default_rng(seed)
+    n, p = int(rng.integers(12, 40)), int(rng.integers(1, 5))
+    X = rng.normal(size=(n, p)) * 10.0 ** rng.integers(-3, 4, size=p)
+    X = X + rng.choice([0.0, 1e3 * np.abs(X).max()])
+    if prior != "flat" and rng.random() < 0.3:
+        X[:, 0] = rng.choice([0.1, 0.0, 1e5])
+    y = X.sum(axis=1) + np.abs(X).mean() * rng.normal(size=n) * rng.choice([1.0, 1e-3])
+    y *= 10.0 ** int(rng.integers(-20, 20))
+    order = rng.permutation(n)
+    cuts = np.sort(rng.integers(8 if prior == "flat" else 3, n, size=n_cuts))
+    cuts = np.unique(cuts)
+    model = BayesianLinearVI(prior=prior, tol=1e-14)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        batch = clone(model).fit(X, y)
+        parts = _stream(clone(model), X, y, np.ones(n), order, cuts)
+    loose = 1e-5 if prior == "ard" else 1e-9
+    assert parts.elbo_ == pytest.approx(batch.elbo_, rel=1e-9, abs=1e-8)
+    distance = np.abs(parts.coef_ - batch.coef_) / np.maximum(batch.coef_std_, 1e-300)
+    assert (distance < loose * (1.0 + batch.coef_snr_)).all()
+    np.testing.assert_allclose(parts.predict(X), batch.predict(X), rtol=loose)
+
+
+def test_partial_fit_after_fit_continues_and_knows_what_changed(rng):
+    X, y = _data(rng, 60, 4)
+    model = BayesianLinearVI().fit(X[:25], y[:25]).partial_fit(X[25:], y[25:])
+    _assert_same_fit(model, BayesianLinearVI().fit(X, y), rtol=1e-10)
+    # the priors may change: the statistics know nothing of them
+    model.set_params(prior="ard", tol=0.0).partial_fit(X[:5], y[:5])
+    doubled = np.r_[np.full(5, 2.0), np.ones(55)]
+    ard = BayesianLinearVI(prior="ard", tol=0.0)
+    _assert_same_fit(model, clone(ard).fit(X, y, sample_weight=doubled), rtol=1e-6)
+    # fit forgets, a failed call changes nothing
+    _assert_same_fit(model.fit(X[:25], y[:25]), clone(ard).fit(X[:25], y[:25]), rtol=0.0)
+    for bad, message in [((X[:, :3], y), "features"), ((X, y[:, None]), "same form")]:
+        with pytest.raises(ValueError, match=message):
+            model.partial_fit(*bad)
+    with pytest.raises(ValueError, match="fit_intercept"):
+        model.set_params(fit_intercept=False).partial_fit(X, y)
+    assert model.n_samples_seen_ == 25.0
+    flat = BayesianLinearVI(prior="flat")
+    with pytest.raises(ValueError, match="linearly independent"):
+        flat.partial_fit(X[:3], y[:3])
+    assert not hasattr(flat, "coef_")
+    assert pickle.loads(pickle.dumps(model.set_params(fit_intercept=True))).partial_fit(X, y)
+
+
+def test_streamed_rows_leave_a_summary_of_fixed_size(rng):
+    X, y = _data(rng, 500, 6)
+    model = BayesianLinearVI()
+    sizes = set()
+    for rows in np.split(np.arange(500), 10):
+        model.partial_fit(X[rows], y[rows])
+        sizes.add(len(pickle.dumps(model._model)))
+    assert max(sizes) < 1.01 * min(sizes)
+
+
 # -- invariances ----------------------------------------------------------------------------------
 
 PUBLIC = ["coef_", "intercept_", "coef_std_", "noise_precision_", "weight_precision_", "elbo_"]

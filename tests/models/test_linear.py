@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, linalg, special, stats
 
-from skvi.models.linear import climb, evidence, predictive, reduction, weights
+from skvi.models.linear import climb, evidence, predictive, reduction, stream, weights
 from skvi.models.linear.climb import Prior, WeightPrior
 from skvi.runtime.blocks import Affine, Rows
 
@@ -647,6 +647,90 @@ def test_residuals_keep_their_digits_at_r2_of_one(rng):
     scale = np.linalg.norm(y)
     problem = Problem(X, (y / scale + noise)[:, None], np.ones(200), True)
     assert float(problem.statistics().residual) == pytest.approx(1e-14, rel=1e-5)
+
+
+# -- rows in blocks -------------------------------------------------------------------------------
+
+
+def _summary(problem, origin):
+    """Rows as they come from the door: float64, less `origin`."""
+    D = problem.X.shape[1]
+
+    def rows(array, shift):
+        affine = Affine(shift, np.ones(len(shift)))
+        return Rows(array, affine, torch.device("cpu"), problem.s)
+
+    return stream.summarise(
+        rows(problem.X, origin[:D]),
+        rows(problem.y, origin[D:]),
+        _t(origin),
+        intercept=problem.intercept,
+    )
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize(("n", "p"), [(40, 3), (5, 8)])
+def test_merged_summaries_are_those_of_all_rows(intercept, n, p, rng, monkeypatch):
+    problem = _problem(rng, n, p, intercept)
+    problem = problem._replace(y=rng.normal(size=(n, 2)) + 50.0)
+    z = np.hstack([problem.X, problem.y])
+    cuts = [0, 1, 3, n]
+    monkeypatch.setattr(stream, "block_rows", lambda floats, device: 2)
+    summary = None
+    for first, last in reversed(list(pairwise(cuts))):
+        part = Problem(*(array[first:last] for array in problem[:3]), intercept)
+        block = _summary(part, z[first] if intercept else np.zeros(p + 2))
+        summary = block if summary is None else stream.merge(summary, block)
+    mean = np.average(z, axis=0, weights=problem.s) if intercept else np.zeros(p + 2)
+    centred = z - mean
+    assert summary.total == problem.s.sum()
+    np.testing.assert_allclose(summary.origin + summary.mean, mean, rtol=1e-13)
+    scatter = centred.T @ (problem.s[:, None] * centred)
+    np.testing.assert_allclose(
+        summary.root.T @ summary.root, scatter, rtol=1e-11, atol=1e-11 * np.abs(scatter).max()
+    )
+    spread = np.sqrt(np.diag(scatter) / problem.s.sum())
+    np.testing.assert_allclose(stream.spread(summary), spread, rtol=1e-12)
+    assert len(summary.root) <= max(p + 2, n)
+
+    units = (Affine(mean[:p], np.full(p, 2.0)), Affine(mean[p:], np.full(2, 4.0)))
+    merged = stream.reduce_summary(summary, *units, intercept=intercept)
+    rows = [
+        Rows(array, unit, torch.device("cpu"), problem.s)
+        for array, unit in zip((problem.X, problem.y), units, strict=True)
+    ]
+    direct = reduction.reduce_rows(*rows, intercept=intercept)
+    tight = {"rtol": 1e-10, "atol": 1e-11}
+    torch.testing.assert_close(merged.spectrum, direct.spectrum, **tight)
+    torch.testing.assert_close(merged.residual, direct.residual, rtol=1e-9, atol=1e-20)
+    slope = [(s.basis * s.spectrum.rsqrt()) @ s.target.T for s in (merged, direct)]
+    torch.testing.assert_close(*slope, **tight)
+    # and back: what is restored reduces to the same numbers
+    again = stream.restore_summary(merged, *units)
+    again = stream.reduce_summary(again, *units, intercept=intercept)
+    for name in ("spectrum", "residual", "centre_x", "centre_y"):
+        torch.testing.assert_close(getattr(again, name), getattr(merged, name), **tight)
+
+
+def test_a_merged_residual_keeps_its_digits_at_r2_of_one(rng):
+    """E[y^2] - E[y]^2 would lose them twice: by the offset, and by the fit."""
+    X = rng.normal(size=(60, 3)) + 1e4
+    noise = 1e-9 * rng.normal(size=60)
+    centred = X - X.mean(0)
+    y = (centred @ [1.0, -2.0, 0.5] + noise)[:, None]
+    origin = np.hstack([X, y])[0]
+    parts = [
+        Problem(X[i : i + 7], y[i : i + 7], np.ones(len(X[i : i + 7])), True)
+        for i in range(0, 60, 7)
+    ]
+    summary = _summary(parts[0], origin)
+    for part in parts[1:]:
+        summary = stream.merge(summary, _summary(part, origin))
+    units = Affine(X.mean(0), np.ones(3)), Affine(y.mean(0), np.ones(1))
+    merged = stream.reduce_summary(summary, *units, intercept=True)
+    Z = np.hstack([np.ones((60, 1)), centred])
+    exact = noise - Z @ np.linalg.lstsq(Z, noise, rcond=None)[0]
+    assert float(merged.residual) == pytest.approx(exact @ exact, rel=1e-4)
 
 
 # -- predictions ----------------------------------------------------------------------------------

@@ -127,10 +127,29 @@ def _by_svd(x: Rows, y: Rows, intercept: bool) -> Statistics:
     share = weight / total if intercept else torch.zeros_like(weight)
     centre_x, centre_y = share @ x_all, share @ y_all
     root = weight.sqrt()[:, None]
-    left, singular, right = torch.linalg.svd(root * (x_all - centre_x), full_matrices=False)
-    kept = singular > rank_tolerance(x_all) * singular[0]
+    return rotate(
+        root * (x_all - centre_x),
+        root * (y_all - centre_y),
+        total=total,
+        intercept=intercept,
+        centre_x=centre_x,
+        centre_y=centre_y,
+    )
+
+
+def rotate(
+    rows: Tensor,
+    outputs: Tensor,
+    *,
+    total: float,
+    intercept: bool,
+    centre_x: Tensor,
+    centre_y: Tensor,
+) -> Statistics:
+    """Turn centred, root-weighted `rows` (N, D) and `outputs` (N, M) to their principal axes."""
+    left, singular, right = torch.linalg.svd(rows, full_matrices=False)
+    kept = singular > rank_tolerance(rows) * singular[0]
     left = left[:, kept]  # (N, R)
-    outputs = root * (y_all - centre_y)  # (N, M)
     target = outputs.T @ left  # (M, R)
     residual = (outputs - left @ target.T).square().sum(0)
     basis = right[kept].T.contiguous()
