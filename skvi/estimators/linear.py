@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
+from scipy import sparse
 from scipy.special import stdtrit
 from sklearn.base import RegressorMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
@@ -30,6 +31,7 @@ from skvi.models.linear.climb import (
 )
 from skvi.models.linear.predictive import Posterior
 from skvi.models.linear.reduction import Statistics, reduce_rows, root_scale
+from skvi.models.linear.sparse import SparseRows, canonical, reduce_sparse_rows, sparse_moments
 from skvi.models.linear.weights import covariance, variances
 from skvi.models.terms import ElboTerms
 from skvi.runtime.blocks import Affine, Rows, block_rows, power_of_two, row_slices
@@ -267,8 +269,10 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
-            Finite numbers, float64 or float32; statistics are accumulated in float64.
+        X : array-like or sparse matrix of shape (n_samples, n_features)
+            Finite numbers, float64 or float32; statistics are accumulated in float64. Sparse rows
+            (CSR; other formats are converted) are never made dense as a whole if they outnumber
+            the features; predictions and scores take them as well, block by block.
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
             Each output has its own noise and weights.
         sample_weight : array-like of shape (n_samples,), default=None
@@ -291,14 +295,16 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             door = self._door(X, y, reset=True, target=True)
             X, outputs, weight = self._seen_rows(door, sample_weight)
             group = self._group(X.shape[1])
-            x, spread_x = self._units(*weighted_moments(X, weight), group)
+            moments = sparse_moments if sparse.issparse(X) else weighted_moments
+            x, spread_x = self._units(*moments(X, weight), group)
             own = np.arange(outputs.shape[1])
             y, spread_y = self._units(*weighted_moments(outputs, weight), own)
-            statistics = reduce_rows(
-                Rows(X, x, door.device, weight),
-                Rows(outputs, y, door.device, weight),
-                intercept=self.fit_intercept,
-            )
+            rows = _rows(X, x, door.device, weight)
+            targets = Rows(outputs, y, door.device, weight)
+            if isinstance(rows, SparseRows):
+                statistics = reduce_sparse_rows(rows, targets, intercept=self.fit_intercept)
+            else:
+                statistics = reduce_rows(rows, targets, intercept=self.fit_intercept)
             self._fit(door, statistics, self._hyperparameters(spread_x, spread_y, group), x, y)
         self._warn_unless_converged()
         return self
@@ -315,7 +321,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
             Of the same form in each call.
         sample_weight : array-like of shape (n_samples,), default=None
@@ -365,7 +371,9 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         assert door.y is not None  # the door was opened with target=True
         weight = self._weights(sample_weight, door.X)
         outputs = door.y.reshape(len(door.y), -1)
-        kept = slice(None) if weight.all() else weight > 0
+        if weight.all():
+            return door.X, outputs, weight
+        kept = weight > 0
         return door.X[kept], outputs[kept], weight[kept]
 
     def _check_continues(self, model: _Model, door: Door, outputs: np.ndarray) -> None:
@@ -393,7 +401,9 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         """Summarise the rows, and those of `model` if there is one."""
         seen = None
         # The first row, or later the mean: a constant column keeps a spread of exactly zero.
-        origin_x, origin_y = X[0].astype(np.float64), outputs[0]
+        zero = Affine(np.zeros(X.shape[1]), np.ones(X.shape[1]))
+        origin_x = _rows(X[:1], zero, torch.device("cpu"))[slice(0, 1)][0][0].numpy()
+        origin_y = outputs[0]
         if not self.fit_intercept:
             origin_x, origin_y = np.zeros_like(origin_x), np.zeros_like(origin_y)
         elif model is not None:
@@ -402,7 +412,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             statistics = _as_tensors(model.statistics, device)
             seen = stream.restore_summary(statistics, model.x, model.y)
         block = stream.summarise(
-            Rows(X, Affine(origin_x, np.ones_like(origin_x)), device, weight),
+            _rows(X, Affine(origin_x, np.ones_like(origin_x)), device, weight),
             Rows(outputs, Affine(origin_y, np.ones_like(origin_y)), device, weight),
             torch.as_tensor(np.concatenate([origin_x, origin_y]), device=device),
             intercept=self.fit_intercept,
@@ -415,7 +425,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         if prior.n_flat and rank < n_features:
             raise ValueError(
                 f'prior="flat" needs linearly independent columns, but the rows (the last call has '
-                f"n_samples={len(door.X)}) have {n_features} columns of rank {rank}. Remove "
+                f"n_samples={door.X.shape[0]}) have {n_features} columns of rank {rank}. Remove "
                 'columns, add rows, or use prior="ridge".'
             )
         if noise_shape(statistics, prior) <= 0.0:
@@ -651,7 +661,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         return_std : bool, default=False
             Also return the standard deviation of a new response at each row.
         return_cov : bool, default=False
@@ -688,7 +698,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             return mean, self._squeeze(scale * std)
         if return_cov:
             posterior = _as_tensors(self._model.posterior, door.device)
-            x, _ = Rows(door.X, self._model.x, door.device)[slice(None)]
+            x, _ = _rows(door.X, self._model.x, door.device)[slice(None)]
             cov = to_numpy(predictive.covariance(posterior, x)) * scale[:, None, None] ** 2
             _check_reach(cov)
             return mean, cov[0] if self._model.single else cov
@@ -705,7 +715,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         level : float, default=0.9
             Between 0 and 1, both excluded.
 
@@ -739,7 +749,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
 
         Returns
         -------
@@ -784,7 +794,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_query, n_features)
+        X : array-like or sparse matrix of shape (n_query, n_features)
         n_samples : int, default=1
             Number of draws.
         random_state : int, RandomState, Generator or None, default=0
@@ -827,7 +837,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         y : array-like of shape (n_samples,) or (n_samples, n_outputs), default=None
             None stands for responses that were not observed, about which the model says
             ``log p = 0`` exactly.
@@ -839,7 +849,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         """
         check_is_fitted(self)
         if y is None:
-            return np.zeros(len(self._door(X, reset=False).X))
+            return np.zeros(self._door(X, reset=False).X.shape[0])
         return self._log_density(X, y, predictive.expected_log_lik)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -847,7 +857,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
         sample_weight : array-like of shape (n_samples,), default=None
 
@@ -867,7 +877,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
 
         Returns
@@ -885,7 +895,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
 
         Returns
@@ -901,7 +911,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
         sample_weight : array-like of shape (n_samples,), default=None
 
@@ -913,6 +923,14 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         return float(r2_score(to_host(y), self.predict(X), sample_weight=to_host(sample_weight)))
 
     # -- helpers ----------------------------------------------------------------------------------
+
+    def _door(
+        self, X: Any, y: Any = None, *, reset: bool, target: bool = False, **check_params: Any
+    ) -> Door:
+        if sparse.issparse(X):
+            X = canonical(X.tocsr())  # SciPy would merge repeated entries in the caller's arrays
+        check_params = {"accept_sparse": "csr", **check_params}
+        return super()._door(X, y, reset=reset, target=target, **check_params)
 
     def _require_variance(self, error: type[Exception] = ValueError) -> None:
         shape = float(self._model.posterior.noise_shape)
@@ -930,7 +948,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         model = self._model
         posterior = _as_tensors(model.posterior, door.device)
         floats = predictive.floats_per_row(posterior) + extra * len(model.y.scale)
-        rows = Rows(door.X, model.x, door.device)
+        rows = _rows(door.X, model.x, door.device)
         pieces = []
         for block in row_slices(rows.n_rows, block_rows(floats, door.device)):
             x, _ = rows[block]
@@ -962,9 +980,15 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         # score is a bound in nats, not R^2
         tags.regressor_tags.poor_score = True
         tags.target_tags.multi_output = True
+        tags.input_tags.sparse = True
         # what comes out depends on y and is float64, whatever X is
         tags.transformer_tags.preserves_dtype = []
         return tags
+
+
+def _rows(X: Any, affine: Affine, device: torch.device, weight: np.ndarray | None = None) -> Rows:
+    kind = SparseRows if sparse.issparse(X) else Rows
+    return kind(X, affine, device, weight)
 
 
 def _log_units_of_flat(prior: Prior, x: Affine, y: Affine) -> float:

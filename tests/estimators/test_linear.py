@@ -10,7 +10,7 @@ import sklearn
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import linalg, special, stats
+from scipy import linalg, sparse, special, stats
 from sklearn.base import clone
 from sklearn.datasets import load_diabetes
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
@@ -363,6 +363,107 @@ def test_streamed_rows_leave_a_summary_of_fixed_size(rng):
     assert max(sizes) < 1.01 * min(sizes)
 
 
+# -- sparse rows ----------------------------------------------------------------------------------
+
+
+def _sparse_data(rng, n, p, density=0.05, outputs=None):
+    X = rng.normal(size=(n, p)) + 2.0
+    X[rng.random((n, p)) > density] = 0.0
+    y = X @ rng.normal(size=(p, outputs or 1)) + 3.0 + 0.5 * rng.normal(size=(n, outputs or 1))
+    return X, y if outputs else y[:, 0]
+
+
+def _refuse_to_densify(monkeypatch, largest):
+    plain = sparse.csr_array.toarray
+
+    def guarded(self, *args, **kwargs):
+        assert np.prod(self.shape) <= largest, self.shape
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(sparse.csr_array, "toarray", guarded)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("fit_intercept", [True, False])
+@pytest.mark.parametrize("container", [sparse.csr_array, sparse.csc_array, sparse.csr_matrix])
+def test_sparse_rows_equal_dense_ones(prior, fit_intercept, container, rng):
+    X, y = _sparse_data(rng, 1200, 30, outputs=2)
+    X *= np.logspace(-1, 1, 30)
+    weight = rng.integers(0, 3, size=1200)
+    model = BayesianLinearVI(prior=prior, fit_intercept=fit_intercept, tol=0.0, max_iter=30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        dense = clone(model).fit(X, y, sample_weight=weight)
+        thin = clone(model).fit(container(X), y, sample_weight=weight)
+    _assert_same_fit(thin, dense, rtol=1e-6 if prior == "ard" else 1e-9)
+    S = container(X)
+    _assert_identity(thin, S, y, weight)
+    np.testing.assert_allclose(thin.predict(S[:50]), thin.predict(X[:50]), rtol=1e-12)
+    np.testing.assert_allclose(thin.transform(S), thin.transform(X), rtol=1e-10)
+    np.testing.assert_allclose(
+        thin.predict(S[:9], return_cov=True)[1], thin.predict(X[:9], return_cov=True)[1], rtol=1e-9
+    )
+    np.testing.assert_array_equal(thin.sample_y(S[:9], 3), thin.sample_y(X[:9], 3))
+    np.testing.assert_array_equal(thin.predict_interval(S), thin.predict_interval(X))
+    np.testing.assert_array_equal(thin.log_predictive(S, y), thin.log_predictive(X, y))
+    assert thin.score(S, y, sample_weight=weight) == thin.score(X, y, sample_weight=weight)
+    assert thin.r2_score(S, y) == thin.r2_score(X, y)
+    np.testing.assert_array_equal(thin.score_samples(S), np.zeros(1200))
+
+
+def test_sparse_rows_are_not_made_dense(rng, monkeypatch):
+    X = sparse.random_array((20_000, 300), density=0.005, rng=rng, format="csr")
+    y = X @ rng.normal(size=300) + 0.1 * rng.normal(size=20_000)
+    _refuse_to_densify(monkeypatch, largest=300 * 2000)
+    model = BayesianLinearVI().fit(X, y)
+    assert model.r2_score(X, y) > 0.5
+    _assert_identity(model, X, y, np.ones(20_000))
+    parts = BayesianLinearVI()
+    for rows in np.split(np.arange(20_000), 4):
+        parts.partial_fit(X[rows], y[rows])
+    _assert_same_fit(parts, model, rtol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["offset", "filled", "few rows", "small", "heavy"])
+def test_sparse_rows_whose_centring_would_cancel(case, rng):
+    """A dense column far from zero, many entries, more features than rows, weight on entries."""
+    n, p = {"few rows": (30, 60), "small": (50, 5)}.get(case, (3000, 20))
+    X, y = _sparse_data(rng, n, p, density=0.5 if case == "filled" else 0.05)
+    weight = np.ones(n)
+    if case == "offset":
+        X[:, 3] = 1e7 + np.round(rng.normal(size=n), 4)
+        y = y + X[:, 3] - 1e7
+    elif case == "heavy":
+        X[X[:, 0] != 0, 0] += 1e6
+        weight = np.where(X[:, 0] != 0, 1e6, 1.0)
+    model = BayesianLinearVI(prior="ridge")
+    dense = clone(model).fit(X, y, sample_weight=weight)
+    thin = clone(model).fit(sparse.csr_array(X), y, sample_weight=weight)
+    np.testing.assert_allclose(thin.coef_, dense.coef_, rtol=1e-6, atol=1e-9)
+    assert thin.elbo_ == pytest.approx(dense.elbo_, rel=1e-8)
+
+
+def test_sparse_rows_with_repeated_entries_and_empty_columns(rng):
+    X, y = _sparse_data(rng, 1200, 30)
+    X[:, 5] = 0.0
+    X[:, 6] = 4.0
+    S = sparse.csr_array(X)
+    parts = sparse.coo_array(S)
+    coords = [np.tile(axis, 2) for axis in parts.coords]
+    twice = sparse.coo_array((np.tile(parts.data / 2, 2), coords), shape=X.shape).tocsr()
+    halves = sparse.csr_array(
+        (np.repeat(S.data / 2, 2), np.repeat(S.indices, 2), 2 * S.indptr), shape=X.shape
+    )
+    before = halves.data.copy()
+    dense = BayesianLinearVI(prior="ard").fit(X, y)
+    for rows in (S, twice, halves, S.astype(np.float64)):
+        thin = BayesianLinearVI(prior="ard").fit(rows, y)
+        np.testing.assert_allclose(thin.coef_, dense.coef_, rtol=1e-4, atol=1e-6)
+        assert thin.elbo_ == pytest.approx(dense.elbo_, rel=1e-8)
+        assert abs(thin.coef_[5]) < 1e-12
+    np.testing.assert_array_equal(halves.data, before)
+
+
 # -- invariances ----------------------------------------------------------------------------------
 
 PUBLIC = ["coef_", "intercept_", "coef_std_", "noise_precision_", "weight_precision_", "elbo_"]
@@ -655,7 +756,9 @@ def _expected_failures(estimator):
     if estimator.prior != "flat":
         return {}
     reason = "flat weights have no posterior on the 30 features of the check's 15 rows"
-    return {"check_sample_weight_equivalence_on_dense_data": reason}
+    return dict.fromkeys(
+        [f"check_sample_weight_equivalence_on_{kind}_data" for kind in ("dense", "sparse")], reason
+    )
 
 
 @parametrize_with_checks(

@@ -1,5 +1,6 @@
 """From rows to the few numbers that the likelihood depends on: done once, before the climb."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -91,25 +92,61 @@ def _by_gram(x: Rows, y: Rows, intercept: bool) -> Statistics:
     moments = moments[:-1, :-1] - total * torch.outer(centre, centre)
     centre_x, centre_y = centre[:n_features], centre[n_features:]
 
-    gram = moments[:n_features, :n_features]
+    def errors(coef: Tensor) -> tuple[Tensor, Tensor]:
+        squares = torch.zeros(n_outputs, dtype=torch.float64, device=x.device)
+        gradient = torch.zeros(n_features, n_outputs, dtype=torch.float64, device=x.device)
+        for rows in blocks:
+            x_block, weight = x[rows]
+            deviation = x_block - centre_x
+            error = y[rows][0] - centre_y - deviation @ coef
+            scaled = error * weight.sqrt()[:, None]
+            squares += scaled.square().sum(0)
+            gradient.addmm_((deviation * weight.sqrt()[:, None]).T, scaled)
+        return squares, gradient
+
+    return from_gram(
+        moments[:n_features, :n_features],
+        moments[:n_features, n_features:],
+        errors,
+        total=total,
+        intercept=intercept,
+        centre_x=centre_x,
+        centre_y=centre_y,
+    )
+
+
+def from_gram(
+    gram: Tensor,
+    cross: Tensor,
+    errors: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    total: float,
+    intercept: bool,
+    centre_x: Tensor,
+    centre_y: Tensor,
+) -> Statistics:
+    """Turn the scatter of the rows to its principal axes, and refine what it says about y.
+
+    Parameters
+    ----------
+    gram : Tensor of shape (D, D)
+        Z'Z.
+    cross : Tensor of shape (D, M)
+        Z'T.
+    errors : callable
+        Maps coefficients (D, M) to the squared length (M,) of ``T - Z coef`` and ``Z'`` of it.
+    total, intercept, centre_x, centre_y
+        As in :class:`Statistics`.
+    """
     spectrum, basis = torch.linalg.eigh(gram)
     spectrum, basis = spectrum.flip(0), basis.flip(1)
     kept = spectrum > rank_tolerance(gram) * spectrum[0]
     spectrum, basis = spectrum[kept], basis[:, kept]  # (R,), (D, R)
-    least_squares = (basis.T @ moments[:n_features, n_features:]) / spectrum[:, None]  # (R, M)
+    least_squares = (basis.T @ cross) / spectrum[:, None]  # (R, M)
 
     # yy - m'h loses every digit when R^2 is near one, so the residuals are formed row by row;
     # what they still correlate with X is one step of iterative refinement.
-    squares = torch.zeros(n_outputs, dtype=torch.float64, device=x.device)
-    gradient = torch.zeros(n_features, n_outputs, dtype=torch.float64, device=x.device)
-    coef = basis @ least_squares  # (D, M)
-    for rows in blocks:
-        x_block, weight = x[rows]
-        deviation = x_block - centre_x
-        error = y[rows][0] - centre_y - deviation @ coef
-        scaled = error * weight.sqrt()[:, None]
-        squares += scaled.square().sum(0)
-        gradient.addmm_((deviation * weight.sqrt()[:, None]).T, scaled)
+    squares, gradient = errors(basis @ least_squares)
     correction = (basis.T @ gradient) / spectrum[:, None]
     explained = (spectrum[:, None] * correction.square()).sum(0)
     target = (spectrum.sqrt()[:, None] * (least_squares + correction)).T
