@@ -29,6 +29,7 @@ from skvi.models.linear.climb import (
     noise_shape,
     start,
 )
+from skvi.models.linear.horseshoe import HorseshoePrior
 from skvi.models.linear.predictive import Posterior
 from skvi.models.linear.reduction import Statistics, reduce_rows, root_scale
 from skvi.models.linear.sparse import SparseRows, canonical, reduce_sparse_rows, sparse_moments
@@ -60,6 +61,8 @@ class _Model(NamedTuple):
     x, y : Affine
     alpha : ndarray of shape (M, H)
         E[alpha] in the units of the data.
+    scale : ndarray of shape (M,)
+        What `State.scale` is.
     posterior : Posterior
     prior : Prior
     statistics : Statistics
@@ -71,6 +74,7 @@ class _Model(NamedTuple):
     x: Affine
     y: Affine
     alpha: np.ndarray
+    scale: np.ndarray
     posterior: Posterior
     prior: Prior
     statistics: Statistics
@@ -92,11 +96,12 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
     Parameters
     ----------
-    prior : {"ridge", "ard", "fixed", "flat"}, default="ridge"
+    prior : {"ridge", "ard", "horseshoe", "fixed", "flat"}, default="ridge"
         One learnt weight precision for all features (or for each of the `groups`); one for each
-        feature (automatic relevance determination: useless features are shrunk away); one given
-        number; or no shrinkage, ``p(w) = 1``: least squares with its classical Student-t
-        posterior, which needs linearly independent columns.
+        feature (automatic relevance determination: useless features are shrunk away); the
+        horseshoe, half-Cauchy scales of each weight and of all, which shrinks noise and leaves
+        strong signals alone; one given number; or no shrinkage, ``p(w) = 1``: least squares with
+        its classical Student-t posterior, which needs linearly independent columns.
     groups : array-like of shape (n_features,), default=None
         Labels for ``prior="ridge"``: features with the same label share a precision. None is one
         group of all. An error with another prior.
@@ -116,6 +121,11 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         noise standard deviations per standard deviation of the feature: heavy tails, a sharp
         peak.
         Much smaller shapes make "ard" explain every row when features outnumber rows.
+    global_scale : float, default=1.0
+        tau0 of ``prior="horseshoe"``: half-width of the half-Cauchy law of the scale that all
+        weights share, in noise standard deviations per standard deviation of the feature. With p0
+        of p features expected to matter, ``p0 / (p - p0) / sqrt(n)`` is the customary choice
+        (Piironen and Vehtari 2017, arXiv:1707.01694).
     fit_intercept : bool, default=True
         Add an intercept with a flat prior, integrated exactly.
     max_iter : int, default=1000
@@ -164,9 +174,9 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     log_evidence_ : float
         The exact ``log p(y | X)`` in nats, summed over outputs: ``log_evidence_ - elbo_`` is the
         gap of the bound. By quadrature over alpha for "ridge", equal to the bound for "fixed" and
-        "flat"; there is no such attribute for "ard" and with several groups. With flat weights
-        it is a log evidence up to the constant of that improper prior: it compares noise priors,
-        but not sets of features.
+        "flat"; there is no such attribute for "ard", "horseshoe" and with several groups. With
+        flat weights it is a log evidence up to the constant of that improper prior: it compares
+        noise priors, but not sets of features.
     evidence_gap_ : float
         ``log_evidence_ - elbo_``, never negative beyond rounding: the Kullback-Leibler divergence
         of the approximate from the exact posterior, in nats. Exists where `log_evidence_` does.
@@ -190,8 +200,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     ``score`` is the mean evidence lower bound of the rows, not R^2: see :meth:`r2_score`.
 
     "ridge" and "fixed" shrink all features alike, so features should have comparable spreads: one
-    whose spread is below about 1e-7 of the largest is taken as constant. "ard" and "flat" have no
-    such need, and with `groups` it is one inside each group.
+    whose spread is below about 1e-7 of the largest is taken as constant. The other priors have
+    no such need, and with `groups` it is one inside each group.
 
     References
     ----------
@@ -215,13 +225,14 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "prior": [StrOptions({"ridge", "ard", "fixed", "flat"})],
+        "prior": [StrOptions({"ridge", "ard", "horseshoe", "fixed", "flat"})],
         "groups": ["array-like", None],
         "weight_precision": [Interval(Real, 0.0, None, closed="neither")],
         "noise_shape": [Interval(Real, 0.0, None, closed="neither")],
         "noise_rate": [Interval(Real, 0.0, None, closed="neither")],
         "weight_shape": [Interval(Real, 0.0, None, closed="neither")],
         "weight_rate": [Interval(Real, 0.0, None, closed="neither")],
+        "global_scale": [Interval(Real, 0.0, None, closed="neither")],
         "fit_intercept": ["boolean"],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0.0, None, closed="left")],
@@ -240,6 +251,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         noise_rate: float = 1e-9,
         weight_shape: float = 0.5,
         weight_rate: float = 1e-3,
+        global_scale: float = 1.0,
         fit_intercept: bool = True,
         max_iter: int = 1000,
         tol: float = 1e-10,
@@ -254,6 +266,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         self.noise_rate = noise_rate
         self.weight_shape = weight_shape
         self.weight_rate = weight_rate
+        self.global_scale = global_scale
         self.fit_intercept = fit_intercept
         self.max_iter = max_iter
         self.tol = tol
@@ -438,8 +451,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         # alpha has the units of x squared
         scale_x = x.scale[np.unique(group, return_index=True)[1]]
         with np.errstate(over="ignore", under="ignore"):
-            alpha = self._start(statistics, prior, scale_x)
-            solution = self._climb(statistics, prior, x, y, alpha)
+            first = self._start(statistics, prior, scale_x)
+            solution = self._climb(statistics, prior, x, y, first)
             self._publish(door, statistics, prior, x, y, solution)
 
     def _group(self, n_features: int) -> np.ndarray:
@@ -457,7 +470,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
                     "label for each feature."
                 )
             return np.unique(groups, return_inverse=True)[1]
-        one_each = self.prior in {"ard", "flat"}
+        one_each = self.prior in {"ard", "horseshoe", "flat"}
         return np.arange(n_features) if one_each else np.zeros(n_features, dtype=np.intp)
 
     def _units(
@@ -486,6 +499,9 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         if self.prior in {"fixed", "flat"}:
             n_flat = len(group) if self.prior == "flat" else 0
             return Prior(float(self.noise_shape), noise_rate, None, n_flat)
+        if self.prior == "horseshoe":
+            horseshoe = HorseshoePrior(float(self.global_scale), torch.as_tensor(spread_x**2))
+            return Prior(float(self.noise_shape), noise_rate, horseshoe)
         weight_rate = torch.as_tensor(self.weight_rate / spread_x**2)
         # one precision for all and one for each feature have their own ways
         several = 1 < len(spread_x) < len(group)
@@ -496,18 +512,23 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         )
         return Prior(float(self.noise_shape), noise_rate, weight)
 
-    def _start(self, statistics: Statistics, prior: Prior, scale_x: np.ndarray) -> Tensor:
-        """Return the first E[alpha] in fitted units, shape (M, H)."""
+    def _start(self, statistics: Statistics, prior: Prior, scale_x: np.ndarray) -> State:
+        """Return the first state, from E[alpha] in fitted units, shape (M, H)."""
         n_outputs = statistics.target.shape[0]
         shape = (n_outputs, len(scale_x))
         device = statistics.target.device
         if self.prior == "flat":
-            return torch.zeros(n_outputs, 1, dtype=torch.float64, device=device)
+            alpha = torch.zeros(n_outputs, 1, dtype=torch.float64, device=device)
+            return evaluate(statistics, prior, alpha)
         if self.prior == "fixed":
-            alpha = np.full(shape, self.weight_precision) / scale_x / scale_x
-            return torch.as_tensor(alpha, device=device)
+            known = np.full(shape, self.weight_precision) / scale_x / scale_x
+            return evaluate(statistics, prior, torch.as_tensor(known, device=device))
         if not (self.warm_start and hasattr(self, "_model")):
-            return start(statistics, prior).expand(shape).contiguous()
+            alpha = start(statistics, prior)
+            if isinstance(prior.weight, HorseshoePrior):
+                scale = alpha[:, 0] / prior.weight.unit.mean()
+                return evaluate(statistics, prior, scale[:, None] * prior.weight.unit, scale)
+            return evaluate(statistics, prior, alpha.expand(shape).contiguous())
         model = self._model
         n_features = statistics.basis.shape[0]
         before = (model.kind, *model.posterior.factor.mean.shape, *model.alpha.shape)
@@ -516,18 +537,18 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
                 "warm_start=True cannot continue the previous fit: prior, the number of outputs, "
                 "of features or of groups has changed. Set warm_start=False, or fit a clone."
             )
-        return torch.as_tensor(model.alpha / scale_x / scale_x, device=device)
+        alpha = torch.as_tensor(model.alpha / scale_x / scale_x, device=device)
+        return evaluate(statistics, prior, alpha, torch.as_tensor(model.scale, device=device))
 
     def _climb(
-        self, statistics: Statistics, prior: Prior, x: Affine, y: Affine, alpha: Tensor
+        self, statistics: Statistics, prior: Prior, x: Affine, y: Affine, first: State
     ) -> Solution[State]:
         # densities of y, and of flat coefficients, in their own units
         log_units = _log_units_of_flat(prior, x, y) - statistics.n_observed * y.log_abs_det
-        first = evaluate(statistics, prior, alpha)
         monitor = Monitor(
             self.tol, scale=statistics.total, verbose=self.verbose, name="BayesianLinearVI"
         )
-        smallest_rise = self.tol * statistics.total / len(alpha)
+        smallest_rise = self.tol * statistics.total / len(first.alpha)
 
         def step(state: State) -> tuple[State, float]:
             if prior.weight is not None:
@@ -593,7 +614,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         self.coef_snr_ = (np.abs(mean) / std)[outputs]
         self.relevance_ = relevance.clip(0.0, 1.0)[outputs]
         self.noise_precision_ = noise_precision[outputs]
-        one_each = self.prior == "ard" or self.groups is not None
+        one_each = self.prior in {"ard", "horseshoe"} or self.groups is not None
         self.weight_precision_ = (alpha[:, group] if one_each else alpha[:, 0])[outputs]
         self.elbo_ = solution.bound
         # q(b | w, beta) has a density in the units of y, its prior has none; likewise flat weights
@@ -609,6 +630,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             x=x,
             y=y,
             alpha=alpha,
+            scale=to_numpy(state.scale),
             posterior=posterior,
             prior=_map_record(to_numpy, prior),
             statistics=_map_record(to_numpy, statistics),
@@ -637,7 +659,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         model = self._model
         if model.prior.weight is None:
             return self.elbo_
-        if model.alpha.shape[1] > 1:
+        if model.kind == "horseshoe" or model.alpha.shape[1] > 1:
             raise AttributeError(
                 "log_evidence_ does not exist for several learnt precisions, where the evidence "
                 "has no closed form or low-dimensional integral; it does for prior='ridge' "

@@ -17,6 +17,7 @@ from scipy import integrate, linalg, special, stats
 
 from skvi.models.linear import climb, evidence, predictive, reduction, stream, weights
 from skvi.models.linear.climb import Prior, WeightPrior
+from skvi.models.linear.horseshoe import HorseshoePrior
 from skvi.runtime.blocks import Affine, Rows
 
 # A two-sided normal deviate beyond 5 has probability 6e-7: the false-positive rate per check.
@@ -647,6 +648,157 @@ def test_residuals_keep_their_digits_at_r2_of_one(rng):
     scale = np.linalg.norm(y)
     problem = Problem(X, (y / scale + noise)[:, None], np.ones(200), True)
     assert float(problem.statistics().residual) == pytest.approx(1e-14, rel=1e-5)
+
+
+# -- the horseshoe --------------------------------------------------------------------------------
+
+
+class Scales(NamedTuple):
+    """Shape and rate of each gamma law of the horseshoe."""
+
+    local: tuple
+    a: tuple
+    shared: tuple
+    xi: tuple
+
+
+def _scales(prior, state):
+    """What the two published means say about the four laws."""
+    tau0, unit = prior.weight
+    p, g = len(unit), state.scale[0]
+    local = state.alpha[0] / g / unit
+    one = torch.ones_like(local)
+    shape = _t((p + 1) / 2)
+    return Scales((one, 1 / local), (one, 1 + local), (shape, shape / g), (_t(1.0), tau0**-2 + g))
+
+
+def _horseshoe_bound(problem, prior, law, scales):
+    """E_q log p - E_q log q, term by term, for any parameters of q."""
+    tau0, unit = prior.weight
+
+    def moments(shape, rate):
+        return shape / rate, torch.digamma(shape) - rate.log()
+
+    def log_gamma(x, shape, rate):
+        """E log Gam(x | shape, rate) for a random rate: pairs of E and E log."""
+        shape = _t(shape)
+        return shape * rate[1] - torch.lgamma(shape) + (shape - 1) * x[1] - rate[0] * x[0]
+
+    local, a, shared, xi = (moments(*scale) for scale in scales)
+    alpha = local[0] * shared[0] * unit
+    known = _oracle_bound(problem, prior._replace(weight=None), law, alpha)
+    # the oracle of known precisions took log E for E log
+    bound = known + 0.5 * (local[1] + shared[1] + unit.log() - alpha.log()).sum()
+    tau = _t(tau0**-2)
+    bound += (log_gamma(local, 0.5, a) + log_gamma(a, 0.5, (_t(1.0), _t(0.0)))).sum()
+    bound += log_gamma(shared, 0.5, xi) + log_gamma(xi, 0.5, (tau, tau.log()))
+    return bound + sum(_gamma_entropy(*scale).sum() for scale in scales)
+
+
+def _horseshoe_case(rng, n, p, intercept):
+    problem = _problem(rng, n, p, intercept)
+    prior = Prior(1.2, _t([0.4]), HorseshoePrior(0.7, _t(np.linspace(1.0, 3.0, p))))
+    scale = _t(rng.gamma(2.0, size=1))
+    alpha = scale[:, None] * _t(rng.gamma(2.0, size=(1, p)))
+    return problem, prior, alpha, scale
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize(("n", "p"), [*SHAPES, (12, 1)])
+def test_horseshoe_bound_is_the_sum_of_its_terms_and_climbs_to_its_top(n, p, intercept, rng):
+    problem, prior, alpha, scale = _horseshoe_case(rng, n, p, intercept)
+    statistics = problem.statistics()
+    state = climb.evaluate(statistics, prior, alpha, scale)
+    bounds = []
+    for passes in [0, 1, 400]:
+        for _ in range(passes):
+            state = climb.improve(statistics, prior, state, 0.0)
+            bounds.append(float(state.bound))
+        law = _best_law(problem, prior._replace(weight=None), state.alpha[0])
+        expected = _horseshoe_bound(problem, prior, law, _scales(prior, state))
+        assert float(state.bound) == pytest.approx(float(expected), rel=1e-10)
+    _assert_never_falls(bounds)
+    # At the top no parameter of any factor of q has a slope left, relative to its size.
+    leaves = [
+        value.detach().clone().requires_grad_()
+        for value in [*law[:4], *sum(_scales(prior, state), ())]
+    ]
+    scales = Scales(*zip(leaves[4::2], leaves[5::2], strict=True))
+    top = _horseshoe_bound(problem, prior, Law(*leaves[:4], None, None), scales)
+    for leaf, gradient in zip(leaves, torch.autograd.grad(top, leaves), strict=True):
+        assert (gradient * leaf).abs().max() < 1e-5
+
+
+def test_horseshoe_gradient_vanishes_at_each_update(rng):
+    """One round of updates by hand, with the slope of each factor just after its update."""
+    problem, prior, alpha, scale = _horseshoe_case(rng, 12, 3, True)
+    state = climb.evaluate(problem.statistics(), prior, alpha, scale)
+    law = _best_law(problem, prior._replace(weight=None), alpha[0])
+    scales = _scales(prior, state)
+    moment = climb.second_moment(problem.statistics(), prior, state)[0] * prior.weight.unit
+
+    def assert_flat(scales, names):
+        for name in names:
+            pair = [value.detach().clone().requires_grad_() for value in getattr(scales, name)]
+            bound = _horseshoe_bound(problem, prior, law, scales._replace(**{name: tuple(pair)}))
+            for gradient in torch.autograd.grad(bound, pair):
+                assert gradient.abs().max() < 1e-9
+
+    assert_flat(scales, ["a", "xi"])  # the best ones given the others, always
+    E_a = 1 / scales.a[1]
+    local = (scales.local[0], E_a + 0.5 * scale * moment)
+    assert_flat(scales._replace(local=local), ["local"])
+    E_local = 1 / local[1]
+    rate = 1 / scales.xi[1] + 0.5 * (E_local * moment).sum()
+    assert_flat(scales._replace(local=local, shared=(scales.shared[0], rate)), ["shared"])
+    # the implementation's first round is this one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(climb.horseshoe, "_INNER", 1)
+        new, shared = climb.horseshoe.update(
+            prior.weight, alpha, scale, moment[None] / prior.weight.unit
+        )
+    torch.testing.assert_close(shared[0], scales.shared[0] / rate)
+    torch.testing.assert_close(new[0], E_local * shared * prior.weight.unit)
+
+
+def test_horseshoe_bound_by_monte_carlo(rng):
+    problem, prior, alpha, scale = _horseshoe_case(rng, 12, 3, True)
+    state = climb.evaluate(problem.statistics(), prior, alpha, scale)
+    law = _best_law(problem, prior._replace(weight=None), alpha[0])
+    scales, size = _scales(prior, state), 40_000
+    laws = [stats.gamma(s.numpy(), scale=1 / r.numpy()) for s, r in scales]
+    local, a, shared, xi = (
+        scale_law.rvs((size, 3) if i < 2 else size, random_state=rng)
+        for i, scale_law in enumerate(laws)
+    )
+    law_beta = stats.gamma(float(law.shape), scale=1 / float(law.rate))
+    beta = law_beta.rvs(size, random_state=rng)
+    chol, z = np.linalg.cholesky(law.cov.numpy()), rng.normal(size=(size, 4))
+    theta = law.mean.numpy() + (z @ chol.T) / np.sqrt(beta)[:, None]
+    log_q = law_beta.logpdf(beta) + stats.norm.logpdf(z).sum(1) + 2 * np.log(beta)
+    log_q += laws[0].logpdf(local).sum(1) + laws[1].logpdf(a).sum(1) - np.log(np.diag(chol)).sum()
+    log_q += laws[2].logpdf(shared) + laws[3].logpdf(xi)
+    tau0, unit = prior.weight
+    sd = beta[:, None] ** -0.5
+    Z, y = problem.design().numpy(), problem.y[:, 0]
+    log_p = (problem.s * stats.norm.logpdf(y, theta @ Z.T, sd)).sum(1)
+    precision = local * shared[:, None] * unit.numpy()
+    log_p += stats.norm.logpdf(theta[:, 1:], 0, sd / np.sqrt(precision)).sum(1)
+    log_p += stats.gamma.logpdf(beta, prior.noise_shape, scale=1 / float(prior.noise_rate))
+    log_p += stats.gamma.logpdf(local, 0.5, scale=1 / a).sum(1)
+    log_p += stats.gamma.logpdf(a, 0.5).sum(1)
+    log_p += stats.gamma.logpdf(shared, 0.5, scale=1 / xi)
+    log_p += stats.gamma.logpdf(xi, 0.5, scale=tau0**2)
+    draws = log_p - log_q
+    assert abs(draws.mean() - float(state.bound)) < Z_LIMIT * draws.std() / math.sqrt(size)
+
+
+def test_the_auxiliary_laws_give_half_cauchy_scales(rng):
+    """The hierarchy of the module's docstring, drawn from the top."""
+    a = stats.gamma(0.5, scale=0.7**2).rvs(20_000, random_state=rng)
+    precision = stats.gamma(0.5, scale=1 / a).rvs(random_state=rng, size=20_000)
+    law = stats.halfcauchy(scale=0.7)
+    assert stats.kstest(precision**-0.5, law.cdf).pvalue > 1e-6
 
 
 # -- rows in blocks -------------------------------------------------------------------------------
