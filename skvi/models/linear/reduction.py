@@ -85,7 +85,7 @@ def _by_gram(x: Rows, y: Rows, intercept: bool) -> Statistics:
         x_block, weight = x[rows]
         ones = torch.ones_like(weight)[:, None]
         z = torch.cat([x_block, y[rows][0], ones], dim=1) * weight.sqrt()[:, None]
-        moments.addmm_(z.T, z)
+        moments += _square(z)
     total = float(moments[-1, -1])
     # The fixed shift of the rows is their mean up to rounding; this takes out the rest.
     centre = moments[-1, :-1] / total if intercept else torch.zeros_like(moments[-1, :-1])
@@ -96,12 +96,13 @@ def _by_gram(x: Rows, y: Rows, intercept: bool) -> Statistics:
         squares = torch.zeros(n_outputs, dtype=torch.float64, device=x.device)
         gradient = torch.zeros(n_features, n_outputs, dtype=torch.float64, device=x.device)
         for rows in blocks:
+            # the centre is nearly zero, so that it may be taken out of the products
             x_block, weight = x[rows]
-            deviation = x_block - centre_x
-            error = y[rows][0] - centre_y - deviation @ coef
-            scaled = error * weight.sqrt()[:, None]
-            squares += scaled.square().sum(0)
-            gradient.addmm_((deviation * weight.sqrt()[:, None]).T, scaled)
+            error = y[rows][0] - (centre_y - centre_x @ coef) - x_block @ coef
+            weighted = error * weight[:, None]
+            squares += (weighted * error).sum(0)
+            gradient.addmm_(x_block.T, weighted)
+            gradient -= torch.outer(centre_x, weighted.sum(0))
         return squares, gradient
 
     return from_gram(
@@ -113,6 +114,14 @@ def _by_gram(x: Rows, y: Rows, intercept: bool) -> Statistics:
         centre_x=centre_x,
         centre_y=centre_y,
     )
+
+
+def _square(z: Tensor) -> Tensor:
+    """Return ``z'z``; NumPy computes half of the symmetric product, torch all of it."""
+    if z.device.type != "cpu":
+        return z.T @ z
+    rows = z.numpy()
+    return torch.from_numpy(rows.T @ rows)
 
 
 def from_gram(
