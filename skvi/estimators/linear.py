@@ -7,6 +7,8 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
+from scipy import sparse
+from scipy.special import stdtrit
 from sklearn.base import RegressorMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import r2_score
@@ -17,7 +19,7 @@ from skvi.estimators._base import Door, VariationalEstimator, to_host, to_numpy,
 from skvi.estimators._compat import Interval, StrOptions, check_feature_names_in, fit_context
 from skvi.inference.loop import Solution, climb
 from skvi.inference.monitor import Monitor, Status
-from skvi.models.linear import evidence, predictive
+from skvi.models.linear import evidence, predictive, stream
 from skvi.models.linear.climb import (
     Prior,
     State,
@@ -27,8 +29,10 @@ from skvi.models.linear.climb import (
     noise_shape,
     start,
 )
+from skvi.models.linear.horseshoe import HorseshoePrior
 from skvi.models.linear.predictive import Posterior
 from skvi.models.linear.reduction import Statistics, reduce_rows, root_scale
+from skvi.models.linear.sparse import SparseRows, canonical, reduce_sparse_rows, sparse_moments
 from skvi.models.linear.weights import covariance, variances
 from skvi.models.terms import ElboTerms
 from skvi.runtime.blocks import Affine, Rows, block_rows, power_of_two, row_slices
@@ -57,10 +61,12 @@ class _Model(NamedTuple):
     x, y : Affine
     alpha : ndarray of shape (M, H)
         E[alpha] in the units of the data.
+    scale : ndarray of shape (M,)
+        What `State.scale` is.
     posterior : Posterior
     prior : Prior
-    statistics : Statistics or None
-        What the exact evidence is integrated from; kept for "ridge" only.
+    statistics : Statistics
+        Of all rows seen: for the exact evidence and for `partial_fit`.
     """
 
     kind: str
@@ -68,9 +74,10 @@ class _Model(NamedTuple):
     x: Affine
     y: Affine
     alpha: np.ndarray
+    scale: np.ndarray
     posterior: Posterior
     prior: Prior
-    statistics: Statistics | None
+    statistics: Statistics
 
 
 class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
@@ -89,9 +96,15 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
     Parameters
     ----------
-    prior : {"ridge", "ard", "fixed"}, default="ridge"
-        One learnt weight precision for all features; one for each feature (automatic relevance
-        determination: useless features are shrunk away); or one given number.
+    prior : {"ridge", "ard", "horseshoe", "fixed", "flat"}, default="ridge"
+        One learnt weight precision for all features (or for each of the `groups`); one for each
+        feature (automatic relevance determination: useless features are shrunk away); the
+        horseshoe, half-Cauchy scales of each weight and of all, which shrinks noise and leaves
+        strong signals alone; one given number; or no shrinkage, ``p(w) = 1``: least squares with
+        its classical Student-t posterior, which needs linearly independent columns.
+    groups : array-like of shape (n_features,), default=None
+        Labels for ``prior="ridge"``: features with the same label share a precision. None is one
+        group of all. An error with another prior.
     weight_precision : float, default=1.0
         The alpha of ``prior="fixed"``, in the units of X squared; ignored otherwise.
     noise_shape : float, default=1e-3
@@ -103,10 +116,16 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         c0 of the learnt weight precisions.
     weight_rate : float, default=1e-3
         d0 in units of one over the variance of the feature ("ard") or over the mean variance of
-        the features ("ridge"), with the same conventions as `noise_rate`. With the default
-        shape a weight's prior is a Cauchy law of half-width ``sqrt(2 weight_rate)``, in noise
-        standard deviations per standard deviation of the feature: heavy tails, a sharp peak.
+        the features of the group ("ridge"), with the same conventions as `noise_rate`. With the
+        default shape a weight's prior is a Cauchy law of half-width ``sqrt(2 weight_rate)``, in
+        noise standard deviations per standard deviation of the feature: heavy tails, a sharp
+        peak.
         Much smaller shapes make "ard" explain every row when features outnumber rows.
+    global_scale : float, default=1.0
+        tau0 of ``prior="horseshoe"``: half-width of the half-Cauchy law of the scale that all
+        weights share, in noise standard deviations per standard deviation of the feature. With p0
+        of p features expected to matter, ``p0 / (p - p0) / sqrt(n)`` is the customary choice
+        (Piironen and Vehtari 2017, arXiv:1707.01694).
     fit_intercept : bool, default=True
         Add an intercept with a flat prior, integrated exactly.
     max_iter : int, default=1000
@@ -135,23 +154,34 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         Posterior standard deviations of w; infinite with a <= 1.
     coef_snr_ : ndarray, shape of `coef_`
         ``|coef_| / coef_std_``: importance for :class:`sklearn.feature_selection.SelectFromModel`.
+    relevance_ : ndarray, shape of `coef_`
+        ``1 - E[alpha_j] V_jj``, in [0, 1]: how much of what is known about a weight comes from
+        the rows (1) and not from its prior (0). The sum is the effective number of weights.
     noise_precision_ : float or ndarray of shape (n_outputs,)
         E[beta].
     weight_precision_ : float, ndarray of shape (n_features,), or with n_outputs in front
-        E[alpha]; the prior precision of a weight is ``beta alpha``.
+        E[alpha]; the prior precision of a weight is ``beta alpha``. One number an output for
+        "ridge" without groups, "fixed" and "flat" (0), else one for each feature.
     elbo_ : float
         The bound on ``log p(y | X)`` in nats, summed over outputs:
         ``sum_n s_n score_samples(X, y)[n] - kl_``.
     kl_ : float
         ``KL(q(w, b, beta, alpha) || p)`` in nats, summed over outputs. The flat intercept counts
         with density 1 in the units of y, so its share, minus the entropy of q(b | w, beta), may
-        be negative and depends on those units.
+        be negative and depends on those units. So do flat weights.
     elbo_history_ : list of float
         The bound after each pass; the last entry is ``elbo_``.
     log_evidence_ : float
         The exact ``log p(y | X)`` in nats, summed over outputs: ``log_evidence_ - elbo_`` is the
-        gap of the bound. By quadrature over alpha for "ridge", equal to the bound for "fixed";
-        there is no such attribute for "ard".
+        gap of the bound. By quadrature over alpha for "ridge", equal to the bound for "fixed" and
+        "flat"; there is no such attribute for "ard", "horseshoe" and with several groups. With
+        flat weights it is a log evidence up to the constant of that improper prior: it compares
+        noise priors, but not sets of features.
+    evidence_gap_ : float
+        ``log_evidence_ - elbo_``, never negative beyond rounding: the Kullback-Leibler divergence
+        of the approximate from the exact posterior, in nats. Exists where `log_evidence_` does.
+    n_samples_seen_ : float
+        Sum of the sample weights of all rows of the last `fit` and of `partial_fit` since.
     n_iter_ : int
         Number of passes.
     converged_ : bool
@@ -170,7 +200,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     ``score`` is the mean evidence lower bound of the rows, not R^2: see :meth:`r2_score`.
 
     "ridge" and "fixed" shrink all features alike, so features should have comparable spreads: one
-    whose spread is below about 1e-7 of the largest is taken as constant. "ard" has no such need.
+    whose spread is below about 1e-7 of the largest is taken as constant. The other priors have
+    no such need, and with `groups` it is one inside each group.
 
     References
     ----------
@@ -194,12 +225,14 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "prior": [StrOptions({"ridge", "ard", "fixed"})],
+        "prior": [StrOptions({"ridge", "ard", "horseshoe", "fixed", "flat"})],
+        "groups": ["array-like", None],
         "weight_precision": [Interval(Real, 0.0, None, closed="neither")],
         "noise_shape": [Interval(Real, 0.0, None, closed="neither")],
         "noise_rate": [Interval(Real, 0.0, None, closed="neither")],
         "weight_shape": [Interval(Real, 0.0, None, closed="neither")],
         "weight_rate": [Interval(Real, 0.0, None, closed="neither")],
+        "global_scale": [Interval(Real, 0.0, None, closed="neither")],
         "fit_intercept": ["boolean"],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0.0, None, closed="left")],
@@ -212,11 +245,13 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         self,
         *,
         prior: str = "ridge",
+        groups: Any = None,
         weight_precision: float = 1.0,
         noise_shape: float = 1e-3,
         noise_rate: float = 1e-9,
         weight_shape: float = 0.5,
         weight_rate: float = 1e-3,
+        global_scale: float = 1.0,
         fit_intercept: bool = True,
         max_iter: int = 1000,
         tol: float = 1e-10,
@@ -225,11 +260,13 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         verbose: int = 0,
     ) -> None:
         self.prior = prior
+        self.groups = groups
         self.weight_precision = weight_precision
         self.noise_shape = noise_shape
         self.noise_rate = noise_rate
         self.weight_shape = weight_shape
         self.weight_rate = weight_rate
+        self.global_scale = global_scale
         self.fit_intercept = fit_intercept
         self.max_iter = max_iter
         self.tol = tol
@@ -245,8 +282,10 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
-            Finite numbers, float64 or float32; statistics are accumulated in float64.
+        X : array-like or sparse matrix of shape (n_samples, n_features)
+            Finite numbers, float64 or float32; statistics are accumulated in float64. Sparse rows
+            (CSR; other formats are converted) are never made dense as a whole if they outnumber
+            the features; predictions and scores take them as well, block by block.
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
             Each output has its own noise and weights.
         sample_weight : array-like of shape (n_samples,), default=None
@@ -262,113 +301,261 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         ValueError
             For invalid parameters or data; for weights that sum to less than the one row that
             the intercept takes; for data whose answer leaves the range of float64; for a
-            `warm_start` from a fit of another prior or shape.
+            `warm_start` from a fit of another prior or shape; for columns that are linearly
+            dependent with ``prior="flat"``.
         """
         with self._all_or_nothing():
             door = self._door(X, y, reset=True, target=True)
-            weight = self._weights(sample_weight, door.X)
-            self._fit(door, weight)
+            X, outputs, weight = self._seen_rows(door, sample_weight)
+            group = self._group(X.shape[1])
+            moments = sparse_moments if sparse.issparse(X) else weighted_moments
+            x, spread_x = self._units(*moments(X, weight), group)
+            own = np.arange(outputs.shape[1])
+            y, spread_y = self._units(*weighted_moments(outputs, weight), own)
+            rows = _rows(X, x, door.device, weight)
+            targets = Rows(outputs, y, door.device, weight)
+            if isinstance(rows, SparseRows):
+                statistics = reduce_sparse_rows(rows, targets, intercept=self.fit_intercept)
+            else:
+                statistics = reduce_rows(rows, targets, intercept=self.fit_intercept)
+            self._fit(door, statistics, self._hyperparameters(spread_x, spread_y, group), x, y)
+        self._warn_unless_converged()
+        return self
+
+    @fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Add rows to those seen before, and maximise the bound for all of them.
+
+        Exact: any split of the rows into any number of blocks in any order gives the posterior of
+        one :meth:`fit` on all rows, up to rounding. What is kept of the rows seen is their number,
+        their means and a root of their scatter matrix; memory O(block + D^2) and a decomposition
+        of D^3 operations each call, so blocks should have more rows than features. The units of
+        the priors, var(y) and var(x), are those of all rows so far. Continues after `fit` as well.
+
+        Parameters
+        ----------
+        X : array-like or sparse matrix of shape (n_samples, n_features)
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+            Of the same form in each call.
+        sample_weight : array-like of shape (n_samples,), default=None
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            As in :meth:`fit`, on all rows so far: ``prior="flat"`` needs a first block with full
+            column rank. If the number of features or outputs, or `fit_intercept`, has changed.
+            The estimator then stays as it was before the call.
+        """
+        with self._all_or_nothing():
+            model: _Model | None = getattr(self, "_model", None)
+            door = self._door(X, y, reset=model is None, target=True)
+            X, outputs, weight = self._seen_rows(door, sample_weight)
+            if model is not None:
+                self._check_continues(model, door, outputs)
+            summary = self._merge(model, X, outputs, weight, door.device)
+            mean = to_numpy(summary.origin + summary.mean)
+            std = to_numpy(stream.spread(summary))
+            n_features, group = X.shape[1], self._group(X.shape[1])
+            own = np.arange(outputs.shape[1])
+            x, spread_x = self._units(mean[:n_features], std[:n_features], group)
+            y, spread_y = self._units(mean[n_features:], std[n_features:], own)
+            statistics = stream.reduce_summary(summary, x, y, intercept=self.fit_intercept)
+            self._fit(door, statistics, self._hyperparameters(spread_x, spread_y, group), x, y)
+        self._warn_unless_converged()
+        return self
+
+    def _warn_unless_converged(self) -> None:
         if not self.converged_:
             warnings.warn(
                 f"The bound had not converged to tol={self.tol:g} nats per row after "
                 f"{self.n_iter_} passes; increase max_iter or tol.",
                 ConvergenceWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        return self
 
-    def _fit(self, door: Door, weight: np.ndarray) -> None:
+    def _seen_rows(
+        self, door: Door, sample_weight: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return X, outputs (N, M) and weights of the rows whose weight is not zero."""
         assert door.y is not None  # the door was opened with target=True
+        weight = self._weights(sample_weight, door.X)
         outputs = door.y.reshape(len(door.y), -1)
-        kept = slice(None) if weight.all() else weight > 0
-        X, outputs, weight = door.X[kept], outputs[kept], weight[kept]
+        if weight.all():
+            return door.X, outputs, weight
+        kept = weight > 0
+        return door.X[kept], outputs[kept], weight[kept]
 
-        x, spread_x = self._units(X, weight, shared=self.prior != "ard")
-        y, spread_y = self._units(outputs, weight, shared=False)
-        statistics = reduce_rows(
-            Rows(X, x, door.device, weight),
-            Rows(outputs, y, door.device, weight),
+    def _check_continues(self, model: _Model, door: Door, outputs: np.ndarray) -> None:
+        assert door.y is not None
+        if (outputs.shape[1], door.y.ndim == 1) != (len(model.y.scale), model.single):
+            raise ValueError(
+                f"y has {outputs.shape[1]} output(s) and {door.y.ndim} dimension(s), unlike the y "
+                f"of the rows seen before, which had {len(model.y.scale)} output(s); pass a y of "
+                "the same form, or fit a clone."
+            )
+        if model.statistics.intercept != self.fit_intercept:
+            raise ValueError(
+                "fit_intercept has changed since the rows seen before were summarised; partial_fit "
+                "cannot continue with another one. Fit a clone."
+            )
+
+    def _merge(
+        self,
+        model: _Model | None,
+        X: np.ndarray,
+        outputs: np.ndarray,
+        weight: np.ndarray,
+        device: torch.device,
+    ) -> stream.Summary:
+        """Summarise the rows, and those of `model` if there is one."""
+        seen = None
+        # The first row, or later the mean: a constant column keeps a spread of exactly zero.
+        zero = Affine(np.zeros(X.shape[1]), np.ones(X.shape[1]))
+        origin_x = _rows(X[:1], zero, torch.device("cpu"))[slice(0, 1)][0][0].numpy()
+        origin_y = outputs[0]
+        if not self.fit_intercept:
+            origin_x, origin_y = np.zeros_like(origin_x), np.zeros_like(origin_y)
+        elif model is not None:
+            origin_x, origin_y = model.x.shift, model.y.shift
+        if model is not None:
+            statistics = _as_tensors(model.statistics, device)
+            seen = stream.restore_summary(statistics, model.x, model.y)
+        block = stream.summarise(
+            _rows(X, Affine(origin_x, np.ones_like(origin_x)), device, weight),
+            Rows(outputs, Affine(origin_y, np.ones_like(origin_y)), device, weight),
+            torch.as_tensor(np.concatenate([origin_x, origin_y]), device=device),
             intercept=self.fit_intercept,
         )
-        prior = self._hyperparameters(spread_x, spread_y, door.device)
+        return block if seen is None else stream.merge(seen, block)
+
+    def _fit(self, door: Door, statistics: Statistics, prior: Prior, x: Affine, y: Affine) -> None:
+        prior, group = _as_tensors(prior, door.device), self._group(len(x.scale))
+        n_features, rank = statistics.basis.shape
+        if prior.n_flat and rank < n_features:
+            raise ValueError(
+                f'prior="flat" needs linearly independent columns, but the rows (the last call has '
+                f"n_samples={door.X.shape[0]}) have {n_features} columns of rank {rank}. Remove "
+                'columns, add rows, or use prior="ridge".'
+            )
         if noise_shape(statistics, prior) <= 0.0:
             raise ValueError(
-                f"The sample weights sum to {statistics.total:g}, but the intercept alone takes "
-                "one row: the noise has no posterior. Weights count how often a row was seen; "
-                "rescale them, or set fit_intercept=False or a larger noise_shape."
+                f"The sample weights sum to {statistics.total:g}, but the coefficients without a "
+                f"proper prior take {self.fit_intercept + prior.n_flat} row(s): the noise has no "
+                "posterior. Weights count how often a row was seen; rescale them, or set "
+                "fit_intercept=False or a larger noise_shape."
             )
         # alpha has the units of x squared
-        scale_x = x.scale if self.prior == "ard" else x.scale[:1]
+        scale_x = x.scale[np.unique(group, return_index=True)[1]]
         with np.errstate(over="ignore", under="ignore"):
-            alpha = self._start(statistics, prior, scale_x)
-            solution = self._climb(statistics, prior, y, alpha)
+            first = self._start(statistics, prior, scale_x)
+            solution = self._climb(statistics, prior, x, y, first)
             self._publish(door, statistics, prior, x, y, solution)
 
+    def _group(self, n_features: int) -> np.ndarray:
+        """Return which of the precisions 0, ..., H - 1 each feature has, shape (D,)."""
+        if self.groups is not None:
+            groups = np.asarray(self.groups)
+            if self.prior != "ridge":
+                raise ValueError(
+                    f'groups= is for prior="ridge", one precision a group; prior={self.prior!r} '
+                    "has no groups. Set groups=None."
+                )
+            if groups.shape != (n_features,):
+                raise ValueError(
+                    f"groups has shape {groups.shape}, but X has {n_features} features: give one "
+                    "label for each feature."
+                )
+            return np.unique(groups, return_inverse=True)[1]
+        one_each = self.prior in {"ard", "horseshoe", "flat"}
+        return np.arange(n_features) if one_each else np.zeros(n_features, dtype=np.intp)
+
     def _units(
-        self, array: np.ndarray, weight: np.ndarray, *, shared: bool
+        self, mean: np.ndarray, std: np.ndarray, group: np.ndarray
     ) -> tuple[Affine, np.ndarray]:
         """Return the fitted units of the columns and their spread in these units.
 
-        The spread is the standard deviation, or the root mean square without an intercept; that
-        of a constant column is the size of the constant, or one. With ``shared=True`` all
-        columns have the scale of the root mean square of their spreads, shape (1,).
+        The spread is the standard deviation `std`, or the root mean square without an intercept;
+        that of a constant column is the size of the constant, or one. The columns of a group have
+        the scale of the root mean square of their spreads, and that is what is returned, (H,).
         """
-        mean, std = weighted_moments(array, weight)
-        spread = std if self.fit_intercept else np.hypot(mean, std)
-        size = np.abs(mean)
-        if shared:
-            spread, size = np.array([root_scale(spread)]), np.array([root_scale(size)])
+        spread = root_scale(std if self.fit_intercept else np.hypot(mean, std), group)
+        size = root_scale(np.abs(mean), group)
         spread = np.where(spread > 0.0, spread, np.where(size > 0.0, size, 1.0))
         scale = power_of_two(spread)
         shift = mean if self.fit_intercept else np.zeros_like(mean)
-        return Affine(shift, np.broadcast_to(scale, mean.shape).copy()), spread / scale
+        return Affine(shift, scale[group]), spread / scale
 
     def _hyperparameters(
-        self, spread_x: np.ndarray, spread_y: np.ndarray, device: torch.device
+        self,
+        spread_x: np.ndarray,
+        spread_y: np.ndarray,
+        group: np.ndarray,
     ) -> Prior:
-        noise_rate = torch.as_tensor(self.noise_rate * spread_y**2, device=device)
-        if self.prior == "fixed":
-            return Prior(float(self.noise_shape), noise_rate, None)
-        weight_rate = torch.as_tensor(self.weight_rate / spread_x**2, device=device)
-        weight = WeightPrior(float(self.weight_shape), weight_rate)
+        noise_rate = torch.as_tensor(self.noise_rate * spread_y**2)
+        if self.prior in {"fixed", "flat"}:
+            n_flat = len(group) if self.prior == "flat" else 0
+            return Prior(float(self.noise_shape), noise_rate, None, n_flat)
+        if self.prior == "horseshoe":
+            horseshoe = HorseshoePrior(float(self.global_scale), torch.as_tensor(spread_x**2))
+            return Prior(float(self.noise_shape), noise_rate, horseshoe)
+        weight_rate = torch.as_tensor(self.weight_rate / spread_x**2)
+        # one precision for all and one for each feature have their own ways
+        several = 1 < len(spread_x) < len(group)
+        weight = WeightPrior(
+            float(self.weight_shape),
+            weight_rate,
+            torch.as_tensor(group) if several else None,
+        )
         return Prior(float(self.noise_shape), noise_rate, weight)
 
-    def _start(self, statistics: Statistics, prior: Prior, scale_x: np.ndarray) -> Tensor:
-        """Return the first E[alpha] in fitted units, shape (M, H)."""
+    def _start(self, statistics: Statistics, prior: Prior, scale_x: np.ndarray) -> State:
+        """Return the first state, from E[alpha] in fitted units, shape (M, H)."""
         n_outputs = statistics.target.shape[0]
         shape = (n_outputs, len(scale_x))
         device = statistics.target.device
+        if self.prior == "flat":
+            alpha = torch.zeros(n_outputs, 1, dtype=torch.float64, device=device)
+            return evaluate(statistics, prior, alpha)
         if self.prior == "fixed":
-            alpha = np.full(shape, self.weight_precision) / scale_x / scale_x
-            return torch.as_tensor(alpha, device=device)
+            known = np.full(shape, self.weight_precision) / scale_x / scale_x
+            return evaluate(statistics, prior, torch.as_tensor(known, device=device))
         if not (self.warm_start and hasattr(self, "_model")):
-            return start(statistics, prior).expand(shape).contiguous()
+            alpha = start(statistics, prior)
+            if isinstance(prior.weight, HorseshoePrior):
+                scale = alpha[:, 0] / prior.weight.unit.mean()
+                return evaluate(statistics, prior, scale[:, None] * prior.weight.unit, scale)
+            return evaluate(statistics, prior, alpha.expand(shape).contiguous())
         model = self._model
         n_features = statistics.basis.shape[0]
-        if (self.prior, n_outputs, n_features) != (model.kind, *model.posterior.factor.mean.shape):
+        before = (model.kind, *model.posterior.factor.mean.shape, *model.alpha.shape)
+        if before != (self.prior, n_outputs, n_features, *shape):
             raise ValueError(
-                "warm_start=True cannot continue the previous fit: prior, the number of outputs "
-                "or the number of features has changed. Set warm_start=False, or fit a clone."
+                "warm_start=True cannot continue the previous fit: prior, the number of outputs, "
+                "of features or of groups has changed. Set warm_start=False, or fit a clone."
             )
-        return torch.as_tensor(model.alpha / scale_x / scale_x, device=device)
+        alpha = torch.as_tensor(model.alpha / scale_x / scale_x, device=device)
+        return evaluate(statistics, prior, alpha, torch.as_tensor(model.scale, device=device))
 
     def _climb(
-        self, statistics: Statistics, prior: Prior, y: Affine, alpha: Tensor
+        self, statistics: Statistics, prior: Prior, x: Affine, y: Affine, first: State
     ) -> Solution[State]:
-        # densities of y in its own units
-        log_units = -statistics.n_observed * y.log_abs_det
-        first = evaluate(statistics, prior, alpha)
+        # densities of y, and of flat coefficients, in their own units
+        log_units = _log_units_of_flat(prior, x, y) - statistics.n_observed * y.log_abs_det
         monitor = Monitor(
             self.tol, scale=statistics.total, verbose=self.verbose, name="BayesianLinearVI"
         )
-        smallest_rise = self.tol * statistics.total / len(alpha)
+        smallest_rise = self.tol * statistics.total / len(first.alpha)
 
         def step(state: State) -> tuple[State, float]:
-            if self.prior != "fixed":
+            if prior.weight is not None:
                 state = improve(statistics, prior, state, smallest_rise)
             return state, float(state.bound.sum()) + log_units
 
-        if self.prior != "fixed":
+        if prior.weight is not None:
             return climb(step, first, max_iter=self.max_iter, monitor=monitor)
         # Nothing to iterate: q(w, b, beta) is the exact posterior.
         solution = climb(step, first, max_iter=1, monitor=monitor)
@@ -397,10 +584,13 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         posterior = _map_record(to_numpy, posterior)
 
         mean, per_feature = posterior.factor.mean, y.scale[:, None] / x.scale
-        std = np.sqrt(to_numpy(variances(_as_tensors(posterior, "cpu").factor)))
-        std *= np.sqrt(noise_variance)[:, None]
-        scale_x = x.scale if self.prior == "ard" else x.scale[:1]
-        alpha = to_numpy(state.alpha) * scale_x * scale_x
+        V_diag = to_numpy(variances(_as_tensors(posterior, "cpu").factor))  # (M, D)
+        std = np.sqrt(V_diag) * np.sqrt(noise_variance)[:, None]
+        group = self._group(len(x.scale))
+        scale_x = x.scale[np.unique(group, return_index=True)[1]]
+        alpha = to_numpy(state.alpha)
+        relevance = 1.0 - (alpha[:, group] if alpha.shape[1] > 1 else alpha) * V_diag
+        alpha = alpha * scale_x * scale_x
         coef = mean * per_feature
         centre_x, centre_y = x.shift + posterior.centre_x * x.scale, y.shift
         intercept = centre_y + posterior.centre_y * y.scale - coef @ centre_x
@@ -422,12 +612,16 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         self.intercept_ = (intercept if self.fit_intercept else np.zeros_like(intercept))[outputs]
         self.coef_std_ = (std * per_feature)[outputs]
         self.coef_snr_ = (np.abs(mean) / std)[outputs]
+        self.relevance_ = relevance.clip(0.0, 1.0)[outputs]
         self.noise_precision_ = noise_precision[outputs]
-        self.weight_precision_ = (alpha if self.prior == "ard" else alpha[:, 0])[outputs]
+        one_each = self.prior in {"ard", "horseshoe"} or self.groups is not None
+        self.weight_precision_ = (alpha[:, group] if one_each else alpha[:, 0])[outputs]
         self.elbo_ = solution.bound
-        # q(b | w, beta) has a density in the units of y, its prior has none
-        self.kl_ = float(state.kl.sum()) - float(statistics.intercept) * y.log_abs_det
+        # q(b | w, beta) has a density in the units of y, its prior has none; likewise flat weights
+        flat_units = float(statistics.intercept) * y.log_abs_det + _log_units_of_flat(prior, x, y)
+        self.kl_ = float(state.kl.sum()) - flat_units
         self.elbo_history_ = solution.history
+        self.n_samples_seen_ = statistics.total
         self.n_iter_ = solution.n_iter
         self.converged_ = solution.status is Status.CONVERGED
         self._model = _Model(
@@ -436,9 +630,10 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             x=x,
             y=y,
             alpha=alpha,
+            scale=to_numpy(state.scale),
             posterior=posterior,
             prior=_map_record(to_numpy, prior),
-            statistics=_map_record(to_numpy, statistics) if self.prior == "ridge" else None,
+            statistics=_map_record(to_numpy, statistics),
         )
 
     # -- attributes built when asked for ----------------------------------------------------------
@@ -462,16 +657,22 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         """Exact ``log p(y | X)`` in nats."""
         check_is_fitted(self)
         model = self._model
-        if model.kind == "fixed":
+        if model.prior.weight is None:
             return self.elbo_
-        if model.statistics is None:
+        if model.kind == "horseshoe" or model.alpha.shape[1] > 1:
             raise AttributeError(
-                "log_evidence_ does not exist for prior='ard', whose evidence has no closed form "
-                "or low-dimensional integral; it does for prior='ridge' and 'fixed'."
+                "log_evidence_ does not exist for several learnt precisions, where the evidence "
+                "has no closed form or low-dimensional integral; it does for prior='ridge' "
+                "without groups, 'fixed' and 'flat'."
             )
         statistics = _as_tensors(model.statistics, "cpu")
         in_fitted_units = evidence.log_evidence(statistics, _as_tensors(model.prior, "cpu"))
         return float(in_fitted_units.sum()) - statistics.n_observed * model.y.log_abs_det
+
+    @property
+    def evidence_gap_(self) -> float:
+        """What the bound gives away, ``log_evidence_ - elbo_``, in nats."""
+        return self.log_evidence_ - self.elbo_
 
     # -- predictions ------------------------------------------------------------------------------
 
@@ -482,7 +683,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         return_std : bool, default=False
             Also return the standard deviation of a new response at each row.
         return_cov : bool, default=False
@@ -519,18 +720,58 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             return mean, self._squeeze(scale * std)
         if return_cov:
             posterior = _as_tensors(self._model.posterior, door.device)
-            x, _ = Rows(door.X, self._model.x, door.device)[slice(None)]
+            x, _ = _rows(door.X, self._model.x, door.device)[slice(None)]
             cov = to_numpy(predictive.covariance(posterior, x)) * scale[:, None, None] ** 2
             _check_reach(cov)
             return mean, cov[0] if self._model.single else cov
         return mean
+
+    def predict_interval(self, X: Any, level: float = 0.9) -> np.ndarray:
+        r"""Return central intervals that hold a new response with probability `level`.
+
+        Quantiles of the posterior predictive, a Student-t with 2a degrees of freedom:
+
+        .. math:: \mu \pm t_{2a}\left(\tfrac{1 + \mathrm{level}}2\right) \sqrt{\tfrac ba (1 + k)}
+
+        They exist even where the predictive has no variance.
+
+        Parameters
+        ----------
+        X : array-like or sparse matrix of shape (n_samples, n_features)
+        level : float, default=0.9
+            Between 0 and 1, both excluded.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, 2) or (n_samples, n_outputs, 2)
+            Lower and upper end, in the units of y, for each row and output by itself.
+
+        Raises
+        ------
+        ValueError
+            For a `level` outside (0, 1); for ends beyond the range of float64.
+        """
+        check_is_fitted(self)
+        if not isinstance(level, Real) or not 0.0 < level < 1.0:
+            raise ValueError(f"level={level!r} must be a probability between 0 and 1.")
+        door = self._door(X, reset=False)
+        dof = 2.0 * float(self._model.posterior.noise_shape)
+        quantile = float(stdtrit(dof, 0.5 + 0.5 * level))
+
+        def ends(q: Posterior, x: Tensor) -> Tensor:
+            centre, reach = predictive.mean(q, x), quantile * predictive.scale(q, x)
+            return torch.stack([centre - reach, centre + reach], dim=-1)
+
+        units = self._model.y
+        values = self._per_row(door, ends)  # (N, M, 2)
+        return self._squeeze(units.shift[:, None] + units.scale[:, None] * values)
 
     def transform(self, X: Any) -> np.ndarray:
         """Return predictive mean and standard deviation as columns.
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
 
         Returns
         -------
@@ -575,7 +816,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_query, n_features)
+        X : array-like or sparse matrix of shape (n_query, n_features)
         n_samples : int, default=1
             Number of draws.
         random_state : int, RandomState, Generator or None, default=0
@@ -618,7 +859,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         y : array-like of shape (n_samples,) or (n_samples, n_outputs), default=None
             None stands for responses that were not observed, about which the model says
             ``log p = 0`` exactly.
@@ -630,7 +871,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         """
         check_is_fitted(self)
         if y is None:
-            return np.zeros(len(self._door(X, reset=False).X))
+            return np.zeros(self._door(X, reset=False).X.shape[0])
         return self._log_density(X, y, predictive.expected_log_lik)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -638,7 +879,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
         sample_weight : array-like of shape (n_samples,), default=None
 
@@ -658,7 +899,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
 
         Returns
@@ -676,7 +917,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
 
         Returns
@@ -692,7 +933,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         y : array-like of shape (n_samples,) or (n_samples, n_outputs)
         sample_weight : array-like of shape (n_samples,), default=None
 
@@ -704,6 +945,14 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         return float(r2_score(to_host(y), self.predict(X), sample_weight=to_host(sample_weight)))
 
     # -- helpers ----------------------------------------------------------------------------------
+
+    def _door(
+        self, X: Any, y: Any = None, *, reset: bool, target: bool = False, **check_params: Any
+    ) -> Door:
+        if sparse.issparse(X):
+            X = canonical(X.tocsr())  # SciPy would merge repeated entries in the caller's arrays
+        check_params = {"accept_sparse": "csr", **check_params}
+        return super()._door(X, y, reset=reset, target=target, **check_params)
 
     def _require_variance(self, error: type[Exception] = ValueError) -> None:
         shape = float(self._model.posterior.noise_shape)
@@ -721,7 +970,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         model = self._model
         posterior = _as_tensors(model.posterior, door.device)
         floats = predictive.floats_per_row(posterior) + extra * len(model.y.scale)
-        rows = Rows(door.X, model.x, door.device)
+        rows = _rows(door.X, model.x, door.device)
         pieces = []
         for block in row_slices(rows.n_rows, block_rows(floats, door.device)):
             x, _ = rows[block]
@@ -753,9 +1002,22 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         # score is a bound in nats, not R^2
         tags.regressor_tags.poor_score = True
         tags.target_tags.multi_output = True
+        tags.input_tags.sparse = True
         # what comes out depends on y and is float64, whatever X is
         tags.transformer_tags.preserves_dtype = []
         return tags
+
+
+def _rows(X: Any, affine: Affine, device: torch.device, weight: np.ndarray | None = None) -> Rows:
+    kind = SparseRows if sparse.issparse(X) else Rows
+    return kind(X, affine, device, weight)
+
+
+def _log_units_of_flat(prior: Prior, x: Affine, y: Affine) -> float:
+    """Log of the volume that a unit cube of fitted flat weights has in the units of the data."""
+    if not prior.n_flat:
+        return 0.0
+    return prior.n_flat * y.log_abs_det - len(y.scale) * x.log_abs_det
 
 
 def _as_tensors(record: Record, device: torch.device | str) -> Record:

@@ -12,5 +12,5 @@ and the posterior :math:`q(w, b, \beta) \prod_g q(\alpha_g)`. The log density of
 arXiv:1310.5438; here with several outputs and the intercept integrated out.
 
 Shapes: N rows, D features, M outputs, R the rank of the rows, H the groups of features that share
-one weight precision (1, or D when every feature has its own).
+one weight precision (1 if all do, D if every feature has its own).
 """

@@ -10,7 +10,10 @@ With :math:`\gamma_g = p_g - \alpha_g \mathrm{tr} V_{gg}` [relevance] and all te
 
 Source: Drugowitsch (2013), arXiv:1310.5438, the bound of the linear model, rearranged so that no
 large terms cancel. The flat intercept, :math:`q(b | w, \beta) = N(\bar y - \bar x'w, 1/(n\beta))`,
-adds :math:`-\frac12` to the first line and its negative entropy to the divergence.
+adds :math:`-\frac12` to the first line and its negative entropy to the divergence. Flat weights,
+:math:`q(w | \beta) = N(m, (\beta G)^{-1})`, put their negative entropy in the place of KL(w):
+
+.. math:: \tfrac p2 (E\log\beta - \log 2\pi - 1) + \tfrac12 \log|G|
 """
 
 import math
@@ -21,13 +24,17 @@ from torch import Tensor
 
 from skvi.distributions import gamma
 from skvi.distributions.normal import LOG_2PI
+from skvi.models.linear import horseshoe
+from skvi.models.linear.horseshoe import HorseshoePrior
 from skvi.models.linear.reduction import Statistics
-from skvi.models.linear.weights import Weights, solve
+from skvi.models.linear.weights import Weights, least_squares, solve
 
 # Precisions stay normal numbers.
 _LOG_ALPHA_LIMIT = 690.0
 # Relative rounding of the two halves of the bound.
 _BOUND_ROUNDING = 1e-14
+# How far the horseshoe's second proposal goes, in steps of coordinate ascent.
+_STRETCH = 4.0
 
 
 class WeightPrior(NamedTuple):
@@ -39,10 +46,13 @@ class WeightPrior(NamedTuple):
         c0.
     rate : Tensor of shape (H,)
         d0, in units of x to the power -2.
+    group : Tensor of shape (D,), optional
+        Which precision g each feature has; None if all have one (H = 1) or each its own (H = D).
     """
 
     shape: float
     rate: Tensor
+    group: Tensor | None = None
 
 
 class Prior(NamedTuple):
@@ -54,13 +64,21 @@ class Prior(NamedTuple):
         a0.
     noise_rate : Tensor of shape (M,)
         b0, in units of y squared.
-    weight : WeightPrior or None
+    weight : WeightPrior, HorseshoePrior or None
         None if alpha is known.
+    n_flat : int
+        How many weights have the flat prior ``p(w) = 1``: none or all D, and alpha is zero then.
     """
 
     noise_shape: float
     noise_rate: Tensor
-    weight: WeightPrior | None
+    weight: WeightPrior | HorseshoePrior | None
+    n_flat: int = 0
+
+    @property
+    def group(self) -> Tensor | None:
+        """Which precision each feature has, if that is neither one for all nor one each."""
+        return self.weight.group if isinstance(self.weight, WeightPrior) else None
 
 
 class State(NamedTuple):
@@ -72,6 +90,8 @@ class State(NamedTuple):
         E[alpha]: with the fixed shape ``c0 + p_g / 2`` it names q(alpha).
     weights : Weights
         q(w | beta), the optimal one given `alpha`.
+    scale : Tensor of shape (M,)
+        The share of `alpha` that all weights have in common, E[gamma] of the horseshoe; else 1.
     noise_rate : Tensor of shape (M,)
         Rate of q(beta), the optimal one; its shape is :func:`noise_shape`.
     log_lik : Tensor of shape (M,)
@@ -81,6 +101,7 @@ class State(NamedTuple):
     """
 
     alpha: Tensor
+    scale: Tensor
     weights: Weights
     noise_rate: Tensor
     log_lik: Tensor
@@ -93,18 +114,24 @@ class State(NamedTuple):
 
 
 def noise_shape(statistics: Statistics, prior: Prior) -> float:
-    """Shape of q(beta): ``a0 + n/2``, with n - 1 for n if there is an intercept."""
-    return prior.noise_shape + statistics.n_observed / 2.0
+    """Shape of q(beta): ``a0 + n/2``, where n is less one row for each flat coefficient."""
+    return prior.noise_shape + (statistics.n_observed - prior.n_flat) / 2.0
 
 
-def group_size(statistics: Statistics, alpha: Tensor) -> float:
-    """Return p_g: how many features share one precision."""
-    return statistics.basis.shape[0] / alpha.shape[1]
+def group_size(statistics: Statistics, prior: Prior, alpha: Tensor) -> Tensor:
+    """Return p_g, shape (H,): how many features share each precision."""
+    if prior.group is None:
+        return torch.full_like(alpha[0], statistics.basis.shape[0] / alpha.shape[1])
+    return torch.bincount(prior.group).to(alpha.dtype)
 
 
-def evaluate(statistics: Statistics, prior: Prior, alpha: Tensor) -> State:
+def evaluate(
+    statistics: Statistics, prior: Prior, alpha: Tensor, scale: Tensor | None = None
+) -> State:
     """Return the best posterior given q(alpha), and its bound."""
-    weights = solve(statistics, alpha)
+    scale = torch.ones_like(alpha[:, 0]) if scale is None else scale
+    flat = prior.n_flat > 0
+    weights = least_squares(statistics) if flat else solve(statistics, alpha, prior.group)
     penalty = (alpha * weights.norm).sum(-1)
     rate = prior.noise_rate + 0.5 * (weights.squares + penalty)
     shape = torch.full_like(rate, noise_shape(statistics, prior))
@@ -114,18 +141,22 @@ def evaluate(statistics: Statistics, prior: Prior, alpha: Tensor) -> State:
     total, relevance = statistics.total, weights.relevance.sum(-1)
     log_lik = 0.5 * (total * (E_log_noise - LOG_2PI) - E_noise * weights.squares - relevance)
     kl = 0.5 * (E_noise * penalty - relevance + weights.log_det)
+    kl = kl + 0.5 * prior.n_flat * (E_log_noise - LOG_2PI)
     kl = kl + gamma.kl(shape, rate, torch.full_like(rate, prior.noise_shape), prior.noise_rate)
     if statistics.intercept:
         log_lik = log_lik - 0.5
         kl = kl + 0.5 * (E_log_noise + math.log(total) - LOG_2PI - 1.0)
-    if prior.weight is not None:
+    if isinstance(prior.weight, HorseshoePrior):
+        kl = kl + horseshoe.divergence(prior.weight, alpha, scale)
+    elif prior.weight is not None:
         shape0 = torch.full_like(alpha, prior.weight.shape)
-        shape_alpha = shape0 + group_size(statistics, alpha) / 2.0
+        size = group_size(statistics, prior, alpha)
+        shape_alpha = shape0 + size / 2.0
         rate_alpha = shape_alpha / alpha
         log_excess = shape_alpha.log() - torch.digamma(shape_alpha)  # log E[alpha] - E[log alpha]
-        kl = kl + 0.5 * group_size(statistics, alpha) * log_excess.sum(-1)
+        kl = kl + 0.5 * (size * log_excess).sum(-1)
         kl = kl + gamma.kl(shape_alpha, rate_alpha, shape0, prior.weight.rate).sum(-1)
-    return State(alpha, weights, rate, log_lik, kl)
+    return State(alpha, scale, weights, rate, log_lik, kl)
 
 
 def start(statistics: Statistics, prior: Prior) -> Tensor:
@@ -138,8 +169,11 @@ def start(statistics: Statistics, prior: Prior) -> Tensor:
     grid = (
         log_largest + torch.linspace(-24.0, 8.0, 65, dtype=like.dtype, device=like.device)
     ).exp()
-    if prior.weight is not None:
-        shared = prior.weight._replace(rate=prior.weight.rate.mean(0, keepdim=True))
+    if isinstance(prior.weight, HorseshoePrior):
+        prior = prior._replace(weight=None)
+    elif prior.weight is not None:
+        rate = prior.weight.rate.mean(0, keepdim=True)
+        shared = prior.weight._replace(rate=rate, group=None)
         prior = prior._replace(weight=shared)
 
     def best(m: int) -> Tensor:
@@ -161,13 +195,18 @@ def coordinate_update(statistics: Statistics, prior: Prior, state: State) -> Ten
     ``(2 c0 + p_g) / (2 d0 + E[beta] ||m_g||^2 + tr V_gg)``: Bishop (2006), equations 10.94 and
     10.95, with the prior of the weights scaled by the noise.
     """
-    assert prior.weight is not None
-    weights, size = state.weights, group_size(statistics, state.alpha)
-    E_noise = (noise_shape(statistics, prior) / state.noise_rate)[:, None]
-    trace = (size - weights.relevance) / state.alpha
+    assert isinstance(prior.weight, WeightPrior)
+    size = group_size(statistics, prior, state.alpha)
     return (2.0 * prior.weight.shape + size) / (
-        2.0 * prior.weight.rate + E_noise * weights.norm + trace
+        2.0 * prior.weight.rate + second_moment(statistics, prior, state)
     )
+
+
+def second_moment(statistics: Statistics, prior: Prior, state: State) -> Tensor:
+    """Return ``E[beta ||w_g||^2] = E[beta] ||m_g||^2 + tr V_gg``, shape (M, H)."""
+    size = group_size(statistics, prior, state.alpha)
+    E_noise = (noise_shape(statistics, prior) / state.noise_rate)[:, None]
+    return E_noise * state.weights.norm + (size - state.weights.relevance) / state.alpha
 
 
 def newton_update(statistics: Statistics, prior: Prior, state: State) -> Tensor:
@@ -178,7 +217,7 @@ def newton_update(statistics: Statistics, prior: Prior, state: State) -> Tensor:
     minus the derivative of ``log f`` by the group's own ``log alpha``. A proposal, not an ascent:
     the caller compares bounds. For vague priors f is Bishop (2006), equation 3.92.
     """
-    assert prior.weight is not None
+    assert isinstance(prior.weight, WeightPrior)
     weights = state.weights
     rate = state.noise_rate[:, None]
     E_noise = noise_shape(statistics, prior) / rate
@@ -204,8 +243,16 @@ def improve(statistics: Statistics, prior: Prior, state: State, tol: float) -> S
 
     The choice is made output by output. At the top, where the bounds differ by rounding only, the
     Newton proposal is the better one, since the bound is flat there and its slope is not: so the
-    bound may fall by its rounding, and by no more.
+    bound may fall by its rounding, and by no more. The horseshoe has no Newton step: there the
+    steps of coordinate ascent compete with longer ones.
     """
+    if isinstance(prior.weight, HorseshoePrior):
+        moment = second_moment(statistics, prior, state)
+        alpha, scale = horseshoe.update(prior.weight, state.alpha, state.scale, moment)
+        plain = evaluate(statistics, prior, alpha, scale)
+        alpha, scale = _stretch(state.alpha, alpha), _stretch(state.scale, scale)
+        longer = evaluate(statistics, prior, alpha, scale)
+        return _higher(_higher(state, plain, 0.0), longer, 0.0)
     proposal = evaluate(statistics, prior, newton_update(statistics, prior, state))
     if bool((proposal.bound > state.bound + tol).all()):
         return proposal
@@ -213,6 +260,11 @@ def improve(statistics: Statistics, prior: Prior, state: State, tol: float) -> S
     best = _higher(state, plain, 0.0)
     rounding = _BOUND_ROUNDING * (best.log_lik.abs() + best.kl.abs())
     return _higher(best, proposal, rounding)
+
+
+def _stretch(before: Tensor, after: Tensor) -> Tensor:
+    log_value = before.log() + _STRETCH * (after / before).log()
+    return log_value.clamp(-_LOG_ALPHA_LIMIT, _LOG_ALPHA_LIMIT).exp()
 
 
 def _higher(first: State, second: State, slack: Tensor | float) -> State:
@@ -224,6 +276,7 @@ def _higher(first: State, second: State, slack: Tensor | float) -> State:
 
     return State(
         choose(first.alpha, second.alpha),
+        choose(first.scale, second.scale),
         Weights(*map(choose, first.weights, second.weights)),
         choose(first.noise_rate, second.noise_rate),
         choose(first.log_lik, second.log_lik),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skvi.distributions.normal import LOG_2PI
-from skvi.models.linear.climb import Prior, noise_shape
+from skvi.models.linear.climb import Prior, WeightPrior, noise_shape
 from skvi.models.linear.reduction import Statistics
 
 # What lies this many nats below the peak of the integrand is below the rounding of the sum.
@@ -73,8 +73,8 @@ def _only_output_prior(prior: Prior, m: int) -> Prior:
 
 
 def _integrate(statistics: Statistics, prior: Prior) -> Tensor:
-    assert prior.weight is not None
-    c0, rate = prior.weight
+    assert isinstance(prior.weight, WeightPrior)
+    c0, rate = prior.weight.shape, prior.weight.rate
     log_rate = float(rate.log())
 
     def integrand(log_alpha: Tensor) -> Tensor:

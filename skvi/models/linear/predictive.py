@@ -51,8 +51,9 @@ class Posterior(NamedTuple):
 def make_posterior(statistics: Statistics, prior: Prior, state: State) -> Posterior:
     """Collect what predictions need from the end of a climb."""
     shared = 1.0 / statistics.total if statistics.intercept else 0.0
+    alpha = state.alpha if prior.group is None else state.alpha[:, prior.group]
     return Posterior(
-        factor=factorise(statistics, state.alpha),
+        factor=factorise(statistics, alpha),
         noise_shape=torch.full_like(state.noise_rate[0], noise_shape(statistics, prior)),
         noise_rate=state.noise_rate,
         centre_x=statistics.centre_x,
@@ -90,12 +91,18 @@ def expected_log_lik(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
     return 0.5 * (E_log_noise - LOG_2PI - error.square() - leverage(posterior, x))
 
 
+def scale(posterior: Posterior, x: Tensor) -> Tensor:
+    """Return the scales (B, M) of the predictive Student-t, ``sqrt(b / a (1 + k))``."""
+    ratio = posterior.noise_rate / posterior.noise_shape
+    return (ratio * (1.0 + leverage(posterior, x))).sqrt()
+
+
 def log_predictive(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
     """Return the log predictive density (B, M), a Student-t with ``2 a`` degrees of freedom."""
-    shape, rate = posterior.noise_shape, posterior.noise_rate
-    scale = (rate / shape * (1.0 + leverage(posterior, x))).sqrt()
-    error = (y - mean(posterior, x)) / scale
-    return student_t.log_density(error.square(), 2.0 * scale.log(), 2.0 * shape, 1)
+    width = scale(posterior, x)
+    error = (y - mean(posterior, x)) / width
+    dof = 2.0 * posterior.noise_shape
+    return student_t.log_density(error.square(), 2.0 * width.log(), dof, 1)
 
 
 def noise_variance(posterior: Posterior) -> Tensor:

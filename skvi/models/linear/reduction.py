@@ -1,5 +1,6 @@
 """From rows to the few numbers that the likelihood depends on: done once, before the climb."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -84,32 +85,77 @@ def _by_gram(x: Rows, y: Rows, intercept: bool) -> Statistics:
         x_block, weight = x[rows]
         ones = torch.ones_like(weight)[:, None]
         z = torch.cat([x_block, y[rows][0], ones], dim=1) * weight.sqrt()[:, None]
-        moments.addmm_(z.T, z)
+        moments += _square(z)
     total = float(moments[-1, -1])
     # The fixed shift of the rows is their mean up to rounding; this takes out the rest.
     centre = moments[-1, :-1] / total if intercept else torch.zeros_like(moments[-1, :-1])
     moments = moments[:-1, :-1] - total * torch.outer(centre, centre)
     centre_x, centre_y = centre[:n_features], centre[n_features:]
 
-    gram = moments[:n_features, :n_features]
+    def errors(coef: Tensor) -> tuple[Tensor, Tensor]:
+        squares = torch.zeros(n_outputs, dtype=torch.float64, device=x.device)
+        gradient = torch.zeros(n_features, n_outputs, dtype=torch.float64, device=x.device)
+        for rows in blocks:
+            # the centre is nearly zero, so that it may be taken out of the products
+            x_block, weight = x[rows]
+            error = y[rows][0] - (centre_y - centre_x @ coef) - x_block @ coef
+            weighted = error * weight[:, None]
+            squares += (weighted * error).sum(0)
+            gradient.addmm_(x_block.T, weighted)
+            gradient -= torch.outer(centre_x, weighted.sum(0))
+        return squares, gradient
+
+    return from_gram(
+        moments[:n_features, :n_features],
+        moments[:n_features, n_features:],
+        errors,
+        total=total,
+        intercept=intercept,
+        centre_x=centre_x,
+        centre_y=centre_y,
+    )
+
+
+def _square(z: Tensor) -> Tensor:
+    """Return ``z'z``; NumPy computes half of the symmetric product, torch all of it."""
+    if z.device.type != "cpu":
+        return z.T @ z
+    rows = z.numpy()
+    return torch.from_numpy(rows.T @ rows)
+
+
+def from_gram(
+    gram: Tensor,
+    cross: Tensor,
+    errors: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    total: float,
+    intercept: bool,
+    centre_x: Tensor,
+    centre_y: Tensor,
+) -> Statistics:
+    """Turn the scatter of the rows to its principal axes, and refine what it says about y.
+
+    Parameters
+    ----------
+    gram : Tensor of shape (D, D)
+        Z'Z.
+    cross : Tensor of shape (D, M)
+        Z'T.
+    errors : callable
+        Maps coefficients (D, M) to the squared length (M,) of ``T - Z coef`` and ``Z'`` of it.
+    total, intercept, centre_x, centre_y
+        As in :class:`Statistics`.
+    """
     spectrum, basis = torch.linalg.eigh(gram)
     spectrum, basis = spectrum.flip(0), basis.flip(1)
     kept = spectrum > rank_tolerance(gram) * spectrum[0]
     spectrum, basis = spectrum[kept], basis[:, kept]  # (R,), (D, R)
-    least_squares = (basis.T @ moments[:n_features, n_features:]) / spectrum[:, None]  # (R, M)
+    least_squares = (basis.T @ cross) / spectrum[:, None]  # (R, M)
 
     # yy - m'h loses every digit when R^2 is near one, so the residuals are formed row by row;
     # what they still correlate with X is one step of iterative refinement.
-    squares = torch.zeros(n_outputs, dtype=torch.float64, device=x.device)
-    gradient = torch.zeros(n_features, n_outputs, dtype=torch.float64, device=x.device)
-    coef = basis @ least_squares  # (D, M)
-    for rows in blocks:
-        x_block, weight = x[rows]
-        deviation = x_block - centre_x
-        error = y[rows][0] - centre_y - deviation @ coef
-        scaled = error * weight.sqrt()[:, None]
-        squares += scaled.square().sum(0)
-        gradient.addmm_((deviation * weight.sqrt()[:, None]).T, scaled)
+    squares, gradient = errors(basis @ least_squares)
     correction = (basis.T @ gradient) / spectrum[:, None]
     explained = (spectrum[:, None] * correction.square()).sum(0)
     target = (spectrum.sqrt()[:, None] * (least_squares + correction)).T
@@ -127,10 +173,29 @@ def _by_svd(x: Rows, y: Rows, intercept: bool) -> Statistics:
     share = weight / total if intercept else torch.zeros_like(weight)
     centre_x, centre_y = share @ x_all, share @ y_all
     root = weight.sqrt()[:, None]
-    left, singular, right = torch.linalg.svd(root * (x_all - centre_x), full_matrices=False)
-    kept = singular > rank_tolerance(x_all) * singular[0]
+    return rotate(
+        root * (x_all - centre_x),
+        root * (y_all - centre_y),
+        total=total,
+        intercept=intercept,
+        centre_x=centre_x,
+        centre_y=centre_y,
+    )
+
+
+def rotate(
+    rows: Tensor,
+    outputs: Tensor,
+    *,
+    total: float,
+    intercept: bool,
+    centre_x: Tensor,
+    centre_y: Tensor,
+) -> Statistics:
+    """Turn centred, root-weighted `rows` (N, D) and `outputs` (N, M) to their principal axes."""
+    left, singular, right = torch.linalg.svd(rows, full_matrices=False)
+    kept = singular > rank_tolerance(rows) * singular[0]
     left = left[:, kept]  # (N, R)
-    outputs = root * (y_all - centre_y)  # (N, M)
     target = outputs.T @ left  # (M, R)
     residual = (outputs - left @ target.T).square().sum(0)
     basis = right[kept].T.contiguous()
@@ -139,7 +204,9 @@ def _by_svd(x: Rows, y: Rows, intercept: bool) -> Statistics:
     )
 
 
-def root_scale(values: np.ndarray) -> float:
-    """Root mean square of non-negative numbers of any magnitude."""
-    largest = values.max()
-    return float(largest * np.sqrt(np.mean((values / largest) ** 2))) if largest > 0 else 0.0
+def root_scale(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Root mean square of non-negative numbers of any magnitude in each group, shape (H,)."""
+    largest = np.zeros(group.max() + 1)
+    np.maximum.at(largest, group, values)
+    unit = np.where(largest > 0.0, largest, 1.0)
+    return unit * np.sqrt(np.bincount(group, (values / unit[group]) ** 2) / np.bincount(group))

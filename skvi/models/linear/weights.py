@@ -30,7 +30,8 @@ class Weights(NamedTuple):
     log_det : Tensor of shape (M,)
         ``log|I + A^-1/2 G A^-1/2| = -log|V| - log|A|``.
     relevance_slope, norm_slope : Tensor of shape (M, H)
-        Minus the derivatives of `relevance` and `norm` by their own ``log alpha_g``.
+        Minus the derivatives of `relevance` and `norm` by their own ``log alpha_g``; in a group
+        of several features without the terms that two of its features share.
     """
 
     squares: Tensor
@@ -67,14 +68,51 @@ class Factor(NamedTuple):
     rounding: Tensor
 
 
-def solve(statistics: Statistics, alpha: Tensor) -> Weights:
-    """Return the weights given precisions `alpha` of shape (M, 1) or (M, D)."""
+def solve(statistics: Statistics, alpha: Tensor, group: Tensor | None = None) -> Weights:
+    """Return the weights given precisions `alpha` of shape (M, 1), (M, D), or (M, H).
+
+    In the last case `group`, shape (D,), says which precision each feature has.
+    """
     n_features, rank = statistics.basis.shape
     if alpha.shape[1] == 1:
         return _solve_shared(statistics, alpha)
+    if group is not None:
+        return _add_up(solve(statistics, alpha[:, group]), group, alpha)
     if rank < n_features:
         return _solve_few_rows(statistics, alpha)
     return _solve_cholesky(statistics, alpha)
+
+
+def _add_up(own: Weights, group: Tensor, alpha: Tensor) -> Weights:
+    """Sum what belongs to single features over their groups."""
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros_like(alpha).index_add(1, group, values)
+
+    return own._replace(
+        norm=total(own.norm),
+        relevance=total(own.relevance),
+        relevance_slope=total(own.relevance_slope),
+        norm_slope=total(own.norm_slope),
+    )
+
+
+def least_squares(statistics: Statistics) -> Weights:
+    """Return the weights under a flat prior: alpha is 0, and `log_det` is ``log|G|``.
+
+    The rows must have full column rank.
+    """
+    n_features = statistics.basis.shape[0]
+    norm = (statistics.target / statistics.spectrum.sqrt()).square().sum(-1, keepdim=True)
+    zero = torch.zeros_like(norm)
+    return Weights(
+        squares=statistics.residual,
+        norm=norm,
+        relevance=torch.full_like(norm, n_features),
+        log_det=statistics.spectrum.log().sum().expand(len(norm)),
+        relevance_slope=zero,
+        norm_slope=zero,
+    )
 
 
 def _solve_shared(statistics: Statistics, alpha: Tensor) -> Weights:
@@ -156,16 +194,20 @@ def _solve_svd(statistics: Statistics, alpha: Tensor) -> Weights:
 
 
 def factorise(statistics: Statistics, alpha: Tensor) -> Factor:
-    """Return V and m given precisions `alpha` of shape (M, 1) or (M, D)."""
+    """Return V and m given precisions `alpha` of shape (M, 1) or (M, D).
+
+    Zeros of shape (M, 1) stand for the flat prior, which needs full column rank.
+    """
     if alpha.shape[1] == 1:
         spectrum, basis = statistics.spectrum, statistics.basis
         mean = (statistics.target * spectrum.sqrt() / (spectrum + alpha)) @ basis.T
+        scale = torch.where(alpha > 0.0, alpha, 1.0)
         return Factor(
             mean=mean,
-            outer=alpha[:, 0].rsqrt(),
+            outer=scale[:, 0].rsqrt(),
             inner=basis.new_ones(1, basis.shape[0]),
             basis=basis[None],
-            gain=alpha / (spectrum + alpha),
+            gain=scale / (spectrum + alpha),
             rounding=_span_rounding(statistics, spectrum.sqrt()[None]),
         )
     target, singular, right = _svd(statistics, alpha)
