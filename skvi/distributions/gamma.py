@@ -19,6 +19,11 @@ def expected_log(shape: Tensor, rate: Tensor) -> Tensor:
     return torch.digamma(shape) - rate.log()
 
 
+def entropy(shape: Tensor, rate: Tensor) -> Tensor:
+    """``H[Gam(a, b)] = a - log b + log Gamma(a) + (1 - a) psi(a)``."""
+    return shape - rate.log() + torch.lgamma(shape) + (1.0 - shape) * torch.digamma(shape)
+
+
 def kl(shape: Tensor, rate: Tensor, shape0: Tensor, rate0: Tensor) -> Tensor:
     r"""``KL(Gam(a, b) || Gam(a0, b0))``, elementwise.
 

@@ -374,7 +374,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
                 f"The bound had not converged to tol={self.tol:g} nats per row after "
                 f"{self.n_iter_} passes; increase max_iter or tol.",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,  # past fit and its decorator, to the caller
             )
 
     def _seen_rows(

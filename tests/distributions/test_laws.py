@@ -240,6 +240,12 @@ def test_stick_breaking_expected_log_weights_by_monte_carlo(rng):
         _check_monte_carlo(draws, float(expected))
 
 
+def test_gamma_entropy_equals_torchs(rng):
+    shape, rate = FAMILIES["gamma"].make(rng)
+    expected = torch.distributions.Gamma(shape, rate).entropy()
+    assert torch.allclose(gamma.entropy(shape, rate), expected, rtol=1e-12)
+
+
 def test_normal_entropy_equals_torchs():
     log_var = _t([0.7, -3.0])
     law = torch.distributions.Normal(torch.zeros(2).double(), (0.5 * log_var).exp())

@@ -34,7 +34,7 @@ MIXTURES = [
     for shape in ("full", "tied", "diag", "spherical")
     for law in ("dirichlet_process", "dirichlet_distribution")
 ]
-LINEARS = [BayesianLinearVI(prior=prior) for prior in ("ridge", "ard", "fixed")]
+LINEARS = [BayesianLinearVI(prior=prior) for prior in ("ridge", "ard", "fixed", "horseshoe")]
 AUTOENCODERS = [VAETransformer(**SMALL_VAE), VAETransformer(random_state=0)]
 ALL = [MIXTURES[0], LINEARS[0], AUTOENCODERS[0]]
 

@@ -399,7 +399,10 @@ def test_sparse_rows_equal_dense_ones(prior, fit_intercept, container, rng):
         warnings.simplefilter("ignore", ConvergenceWarning)
         dense = clone(model).fit(X, y, sample_weight=weight)
         thin = clone(model).fit(container(X), y, sample_weight=weight)
-    _assert_same_fit(thin, dense, rtol=1e-6 if prior in OWN else 1e-9)
+    # Both climbs end where the bound (about 3e3 nats, so a rounding of 3e-12) rises no more, and a
+    # precision of its own moves the bound by the square of its error: it is known to 2e-6, no
+    # better, and 5 deviations of that are allowed.
+    _assert_same_fit(thin, dense, rtol=1e-5 if prior in OWN else 1e-9)
     S = container(X)
     _assert_identity(thin, S, y, weight)
     np.testing.assert_allclose(thin.predict(S[:50]), thin.predict(X[:50]), rtol=1e-12)
