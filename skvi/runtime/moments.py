@@ -59,3 +59,22 @@ def weighted_moments(X: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.
             break
     std = unit * np.sqrt(np.maximum(second - np.square(first), 0.0))
     return mean, np.where(spread, std, 0.0)
+
+
+def weighted_quantiles(
+    x: np.ndarray, weight: np.ndarray, levels: tuple[float, ...]
+) -> tuple[float, ...]:
+    """Return the smallest values that have at least these shares of the weight at or below them.
+
+    Parameters
+    ----------
+    x, weight : ndarray of shape (N,)
+        Finite values; weights are positive.
+    levels : tuple of float
+        In (0, 1).
+    """
+    order = np.argsort(x)
+    cumulative = np.cumsum(weight[order] / weight.max())
+    # A little less, so that rounding in the sum does not move the median of four equal weights.
+    targets = np.array(levels) * cumulative[-1] * (1.0 - 1e-12)
+    return tuple(float(value) for value in x[order[np.searchsorted(cumulative, targets)]])

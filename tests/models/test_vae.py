@@ -11,6 +11,7 @@ from sklearn.decomposition import FactorAnalysis
 
 from skvi.distributions import normal
 from skvi.models.vae import objective
+from skvi.models.vae.likelihoods import Block
 from skvi.models.vae.networks import (
     Architecture,
     bounded_log_var,
@@ -29,12 +30,15 @@ CPU = torch.device("cpu")
 
 def _model(n_features, n_components, hidden=(), likelihood="gaussian", seed=0, scale=0.4):
     """A network with random weights, in float64."""
-    architecture = Architecture(n_features, n_components, hidden, "tanh", likelihood)
+    architecture = Architecture(
+        n_features, n_components, hidden, "tanh", (Block(likelihood, tuple(range(n_features))),)
+    )
     model = build(architecture, CPU, torch.float64)
     generator = make_generator(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, scale, generator=generator)
+        model.input_shift.zero_()
         model.input_scale.fill_(1.0)
         # Posteriors a little wider than the prior: importance weights then have finite variance.
         for layer in (model.encoder.linear, model.encoder.correction):
@@ -297,7 +301,8 @@ def test_the_start_is_scikit_learns_factor_analysis(rng):
     latent = rng.normal(size=(400, 2)) @ rng.normal(size=(2, 6))
     X = latent + rng.normal(size=(400, 6)) * rng.uniform(0.3, 1.0, size=6)
     X = X - X.mean(0)
-    start = factor_analysis(torch.from_numpy(X) / math.sqrt(400), 2, make_generator(0))
+    least = torch.full((6,), 1e-4, dtype=torch.float64)
+    start = factor_analysis(torch.from_numpy(X) / math.sqrt(400), 2, least, make_generator(0))
     cov = (start.loadings @ start.loadings.T + torch.diag(start.noise)).numpy()
     ours = stats.multivariate_normal(np.zeros(6), cov).logpdf(X).mean()
     theirs = FactorAnalysis(2, tol=1e-8, max_iter=5000, svd_method="lapack").fit(X).score(X)
@@ -311,9 +316,8 @@ def test_the_start_is_scikit_learns_factor_analysis(rng):
 
 @pytest.mark.parametrize(("n_rows", "n_features", "n_components"), [(3, 8, 2), (50, 2, 5)])
 def test_the_start_survives_few_rows_and_many_components(n_rows, n_features, n_components, rng):
-    model = build(
-        Architecture(n_features, n_components, (4,), "relu", "gaussian"), CPU, torch.float32
-    )
+    blocks = (Block("gaussian", tuple(range(n_features))),)
+    model = build(Architecture(n_features, n_components, (4,), "relu", blocks), CPU, torch.float32)
     x = _x(rng, n_rows, n_features).float()
     floor = torch.full((n_features,), 1e-4, dtype=torch.float64)
     initialise(model, x, torch.ones(n_rows).double(), floor, make_generator(0))
@@ -322,8 +326,7 @@ def test_the_start_survives_few_rows_and_many_components(n_rows, n_features, n_c
 
 def test_weights_survive_the_way_to_numpy_and_back(rng):
     model = _model(3, 2, hidden=(4, 5))
-    again = restore(
-        Architecture(3, 2, (4, 5), "tanh", "gaussian"), export(model), CPU, torch.float64
-    )
+    architecture = Architecture(3, 2, (4, 5), "tanh", (Block("gaussian", (0, 1, 2)),))
+    again = restore(architecture, export(model), CPU, torch.float64)
     x = _x(rng, 4, 3)
     assert torch.equal(_bound(model, x, _noise(4, 2)), _bound(again, x, _noise(4, 2)))
