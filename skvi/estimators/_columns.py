@@ -60,7 +60,7 @@ def first_outside(X: np.ndarray, support: str) -> int | None:
     """Return the first column with a value outside a support, or None."""
     inside = np.ones(X.shape[1], dtype=bool)
     for rows in row_slices(X.shape[0], _ROWS_PER_CHECK):
-        inside &= SUPPORTS[support].contains(X[rows]).all(axis=0)
+        inside &= (SUPPORTS[support].contains(X[rows]) | np.isnan(X[rows])).all(axis=0)
         if not inside.all():
             return int(np.argmin(inside))
     return None
@@ -165,7 +165,7 @@ def _label(column: int, names: np.ndarray | None) -> str:
 def with_levels(blocks: tuple[Block, ...], X: np.ndarray) -> tuple[Block, ...]:
     """Count the levels of categorical columns: one more than the largest code of each."""
     return tuple(
-        block._replace(n_levels=tuple(int(X[:, i].max()) + 1 for i in block.columns))
+        block._replace(n_levels=tuple(int(np.nanmax(X[:, i])) + 1 for i in block.columns))
         if block.kind.support == "code"
         else block
         for block in blocks
@@ -175,6 +175,16 @@ def with_levels(blocks: tuple[Block, ...], X: np.ndarray) -> tuple[Block, ...]:
 def without_levels(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
     """Return what the parameters alone say about blocks."""
     return tuple(block._replace(n_levels=()) for block in blocks)
+
+
+def check_observed(X: np.ndarray, names: np.ndarray | None) -> None:
+    """Raise if a column has no value at all."""
+    empty = np.flatnonzero(np.isnan(np.fmax.reduce(X)))
+    if empty.size:
+        raise ValueError(
+            f"{_label(empty[0], names)} of X has no observed value: all its cells (of rows with "
+            "positive weight) are NaN. Drop it."
+        )
 
 
 def check_support(X: np.ndarray, blocks: tuple[Block, ...], names: np.ndarray | None) -> None:
@@ -191,10 +201,11 @@ def check_support(X: np.ndarray, blocks: tuple[Block, ...], names: np.ndarray | 
                 f'the "{block.name}" likelihood cannot explain. {support.remedy}'
             )
         for column, n_levels in zip(block.columns, block.n_levels, strict=bool(block.n_levels)):
-            if X[:, column].max() >= n_levels:
+            largest = np.fmax.reduce(X[:, column])
+            if largest >= n_levels:
                 raise ValueError(
-                    f"{_label(column, names)} of X has the code {X[:, column].max():g}, but the "
-                    f"fit saw codes 0 to {n_levels - 1}."
+                    f"{_label(column, names)} of X has the code {largest:g}, but the fit saw "
+                    f"codes 0 to {n_levels - 1}."
                 )
 
 
@@ -223,7 +234,7 @@ def fitted_units(
     n_features = X.shape[1]
     mean, std = weighted_moments(X, weight)
     shift, scale = np.zeros(n_features), np.ones(n_features)
-    high, low = X.max(axis=0).astype(np.float64), X.min(axis=0).astype(np.float64)
+    high, low = np.fmax.reduce(X).astype(np.float64), np.fmin.reduce(X).astype(np.float64)
     spread = 0.5 * high - 0.5 * low > 0
     standardised = standardised_columns(blocks, n_features)
     shift[standardised] = mean[standardised]
@@ -234,7 +245,10 @@ def fitted_units(
         if block.name != "student_t":
             continue
         for column in block.columns:
-            lower, middle, upper = weighted_quantiles(X[:, column], weight, (0.25, 0.5, 0.75))
+            seen = ~np.isnan(X[:, column])
+            lower, middle, upper = weighted_quantiles(
+                X[seen, column], weight[seen], (0.25, 0.5, 0.75)
+            )
             if upper > lower:
                 shift[column], scale[column] = middle, (upper - lower) / _QUARTILE_RANGE
                 width[column] = _RANGE_OF_THE_BULK * scale[column]

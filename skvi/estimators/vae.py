@@ -15,6 +15,7 @@ from torch import Tensor
 
 from skvi.estimators._base import VariationalEstimator, to_host, to_numpy, weighted_mean
 from skvi.estimators._columns import (
+    check_observed,
     check_support,
     fitted_units,
     requested_blocks,
@@ -29,6 +30,7 @@ from skvi.models.terms import ElboTerms
 from skvi.models.vae import objective, start
 from skvi.models.vae.likelihoods import LIKELIHOODS, Block
 from skvi.models.vae.networks import ACTIVATIONS, VAE, Architecture, build, export, restore
+from skvi.models.vae.objective import split_missing
 from skvi.runtime.blocks import Affine, Rows, block_rows
 from skvi.runtime.device import resolve_device
 from skvi.runtime.random import draw_seed, make_generator
@@ -200,6 +202,9 @@ class VAETransformer(
     -----
     Real columns are standardised inside (for Student's t by median and quartiles), and every
     density is that of the X that was passed; scores of a mixed table add densities and masses.
+    Cells that are NaN are missing at random: likelihoods are summed over the observed cells, the
+    encoder reads the column's mean in place of the others, and a row without any observed cell
+    has the prior as its posterior and the score 0 (Mattei & Frellsen 2019).
     Networks train in float32; a float64 X is scored and transformed in float64, a float32 X in
     float32.
 
@@ -210,6 +215,8 @@ class VAETransformer(
     Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, arXiv:1509.00519.
     Mattei & Frellsen (2018), Leveraging the exact likelihood of deep latent variable models,
     arXiv:1802.04826.
+    Mattei & Frellsen (2019), MIWAE: deep generative modelling and imputation of incomplete data
+    sets, arXiv:1812.02633.
     Lucas et al. (2019), Don't blame the ELBO!, arXiv:1911.02469.
     Loaiza-Ganem & Cunningham (2019), The continuous Bernoulli, arXiv:1907.06845.
 
@@ -297,7 +304,7 @@ class VAETransformer(
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Finite numbers, at least two rows of positive weight.
+            Numbers, or NaN for cells that are missing; at least two rows of positive weight.
         y : Ignored
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
@@ -322,7 +329,7 @@ class VAETransformer(
             if features sit on the noise floor; and if no code is in use (see `active_units_`).
         """
         with self._all_or_nothing():
-            door = self._door(X, reset=True, ensure_min_samples=2)
+            door = self._door(X, reset=True, ensure_min_samples=2, ensure_all_finite="allow-nan")
             weight = self._weights(sample_weight, door.X)
             X, weight = door.X[weight > 0], weight[weight > 0]
             model = self._model if self.warm_start and hasattr(self, "_model") else None
@@ -384,7 +391,10 @@ class VAETransformer(
         """
         with self._all_or_nothing():
             model = getattr(self, "_model", None)
-            door = self._door(X, reset=model is None, ensure_min_samples=2 if model is None else 1)
+            n_least = 2 if model is None else 1
+            door = self._door(
+                X, reset=model is None, ensure_min_samples=n_least, ensure_all_finite="allow-nan"
+            )
             weight = self._weights(sample_weight, door.X)
             X, weight = door.X[weight > 0], weight[weight > 0]
             history = [] if model is None else self.elbo_history_
@@ -427,6 +437,7 @@ class VAETransformer(
                 raise ValueError(
                     "There is only 1 sample of positive weight; a spread needs at least two."
                 )
+            check_observed(X, self._names())
             blocks = self._blocks(X)
             check_support(X, blocks, self._names())
             architecture = self._architecture(X.shape[1], with_levels(blocks, X))
@@ -439,7 +450,11 @@ class VAETransformer(
             check_support(X, architecture.blocks, self._names())
         self._check_reach(X, architecture.blocks, affine, torch.float32)
 
-        x = _resident(X, affine, device)
+        x, observed = split_missing(_resident(X, affine, device))
+
+        def cells(batch: Tensor) -> tuple[Tensor, Tensor | None]:
+            return x[batch], None if observed is None else observed[batch]
+
         # Of the same X, a warm start holds the same rows out: they are never trained on.
         generator = make_generator(_derive_seed(seed, 0), device)
         order = torch.randperm(X.shape[0], generator=generator, device=device)
@@ -450,7 +465,7 @@ class VAETransformer(
         if model is None:
             net = build(architecture, device, torch.float32)
             noise_floor = torch.from_numpy(floor).to(device)
-            start.initialise(net, x[rows], w[rows], noise_floor, generator)
+            start.initialise(net, *cells(rows), w[rows], noise_floor, generator)
         else:
             net = model.on(device, torch.float32)
             generator = make_generator(_derive_seed(seed, n_epochs_before), device)
@@ -463,11 +478,11 @@ class VAETransformer(
         def loss_and_bound(batch: Tensor) -> tuple[Tensor, Tensor]:
             noise = x.new_empty(len(batch), architecture.n_components).normal_(generator=generator)
             return objective.training_loss(
-                net, x[batch], w[batch], noise, beta=self.beta, n_rows=n_before + len(rows)
+                net, *cells(batch), w[batch], noise, beta=self.beta, n_rows=n_before + len(rows)
             )
 
         total = float(weight.sum())
-        per_row = -affine.log_abs_det
+        per_row = -weighted_mean(np.broadcast_to(_log_scale(X, affine), len(X)), weight)
 
         def report(epoch: int, bound: float, validation: float | None) -> None:
             validation = None if validation is None else validation + per_row
@@ -475,6 +490,10 @@ class VAETransformer(
             announce_epoch(name, epoch, bound + per_row, validation, verbose=self.verbose)
 
         noise = objective.shared_noise(_VALIDATION_DRAWS, architecture.n_components, seed).to(x)
+
+        def validate() -> Tensor:
+            return _mean_bound(net, cells, w, held_out, noise)
+
         descent = descend(
             loss_and_bound,
             parameters,
@@ -485,7 +504,9 @@ class VAETransformer(
             schedule=schedule,
             generator=generator,
             patience=patience,
-            validate=(lambda: _mean_bound(net, x, w, held_out, noise)) if n_validation else None,
+            validate=(lambda: _mean_bound(net, cells, w, held_out, noise))
+            if n_validation
+            else None,
             report=report,
         )
         if descent.status is Status.NON_FINITE:
@@ -689,6 +710,91 @@ class VAETransformer(
         X, device = self._checked(X)
         return self._decode(self._encode(X, device)[0], device)
 
+    def posterior(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation of q(z|x), row by row.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+
+        Returns
+        -------
+        means, stds : ndarray of shape (n_samples, n_components)
+            In the dtype of X.
+        """
+        check_is_fitted(self)
+        return self._encode(*self._checked(X))
+
+    def interpolate(self, x0: Any, x1: Any, n: int = 10) -> np.ndarray:
+        """Return the decoded means of codes on the straight line between those of two rows.
+
+        Parameters
+        ----------
+        x0, x1 : array-like of shape (n_features,) or (1, n_features)
+        n : int, default=10
+            Number of points; the first is ``reconstruct(x0)``, the last ``reconstruct(x1)``.
+
+        Returns
+        -------
+        X : ndarray of shape (n, n_features)
+            In the units of X.
+        """
+        check_is_fitted(self)
+        n = _check_count(n, "n")
+        ends = []
+        for row in (x0, x1):
+            X, device = self._checked(np.reshape(row, (1, -1)) if np.ndim(row) == 1 else row)
+            if X.shape[0] != 1:
+                raise ValueError(f"interpolate goes from one row to one row; got {X.shape[0]}.")
+            ends.append(self._encode(X, device)[0])
+        share = np.linspace(0.0, 1.0, n, dtype=ends[0].dtype)[:, None]
+        return self._decode((1.0 - share) * ends[0] + share * ends[1], device)
+
+    def impute(self, X: Any, n_importance: int = 1000, return_std: bool = False) -> Any:
+        r"""Fill missing cells with their mean given the observed cells of the row.
+
+        .. math::
+            E[x_j | x_o] \approx \sum_s \bar w_s E[x_j | z_s], \qquad
+            \bar w_s \propto \frac{p(x_o|z_s)\,p(z_s)}{q(z_s|x_o)}, \qquad z_s \sim q(z|x_o)
+
+        Mattei & Frellsen (2019), equation 12. Categorical cells get their most probable code.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            NaN where cells are missing.
+        n_importance : int, default=1000
+            Number of draws, shared by all rows. Time grows with it, memory does not.
+        return_std : bool, default=False
+            Whether to return how uncertain each cell is.
+
+        Returns
+        -------
+        X : ndarray of shape (n_samples, n_features)
+            A copy; observed cells are as they were.
+        std : ndarray of shape (n_samples, n_features)
+            Only with `return_std`: standard deviations given the observed cells, in the units of
+            X, zero for observed cells; for a code of probability p that of its indicator,
+            ``sqrt(p (1 - p))``.
+        """
+        check_is_fitted(self)
+        n_importance = _check_count(n_importance, "n_importance")
+        X, device = self._checked(X)
+
+        def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor, ...]:
+            noise = self._model.noise(n_importance, x)
+            return objective.predictive_moments(net, x, observed, noise, _DRAWS_PER_BLOCK)
+
+        missing = np.isnan(X)
+        filled, std = X.copy(), np.zeros_like(X)
+        some = missing.any(axis=1)
+        if some.any():
+            floats_per_row = min(n_importance, _DRAWS_PER_BLOCK) * 2 * self._floats_per_draw()
+            mean, var = self._evaluate(X[some], device, floats_per_row, evaluate)
+            filled[missing] = self._original_units(mean)[missing[some]]
+            std[missing] = (np.sqrt(var) * self._model.affine.scale)[missing[some]]
+        return (filled, std) if return_std else filled
+
     def sample(self, n_samples: int = 1, random_state: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Draw codes from the prior and rows from the likelihood given them.
 
@@ -802,19 +908,19 @@ class VAETransformer(
         n_importance = _check_count(n_importance, "n_importance")
         X, device = self._checked(X)
 
-        def evaluate(net: VAE, x: Tensor) -> tuple[Tensor]:
+        def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor]:
             noise = self._model.noise(n_importance, x)
-            return (objective.log_predictive(net, x, noise, _DRAWS_PER_BLOCK),)
+            return (objective.log_predictive(net, x, observed, noise, _DRAWS_PER_BLOCK),)
 
         floats_per_row = min(n_importance, _DRAWS_PER_BLOCK) * self._floats_per_draw()
         (values,) = self._evaluate(X, device, floats_per_row, evaluate)
-        return values.astype(np.float64) - self._model.affine.log_abs_det
+        return values.astype(np.float64) - _log_scale(X, self._model.affine)
 
     # -- the way to the network and back ----------------------------------------------------------
 
     def _checked(self, X: Any) -> tuple[np.ndarray, torch.device]:
         """Validate rows for a fitted network."""
-        door = self._door(X, reset=False)
+        door = self._door(X, reset=False, ensure_all_finite="allow-nan")
         blocks = self._model.architecture.blocks
         check_support(door.X, blocks, self._names())
         self._check_reach(door.X, blocks, self._model.affine, _torch_dtype(door.X))
@@ -825,8 +931,9 @@ class VAETransformer(
     ) -> None:
         """Raise if a real column is so far out that its squares leave the range of `dtype`."""
         with np.errstate(over="ignore"):
-            above, below = X.max(axis=0) - affine.shift, affine.shift - X.min(axis=0)
+            above, below = np.fmax.reduce(X) - affine.shift, affine.shift - np.fmin.reduce(X)
             far = np.maximum(above, below) / affine.scale
+        far[np.isnan(far)] = 0.0  # no cell of this column is observed
         far[~standardised_columns(blocks, X.shape[1])] = 0.0
         column = int(np.argmax(far))
         if not far[column] <= _REACH[dtype]:
@@ -846,22 +953,22 @@ class VAETransformer(
         X: np.ndarray,
         device: torch.device,
         floats_per_row: int,
-        function: Callable[[VAE, Tensor], tuple[Tensor, ...]],
+        function: Callable[[VAE, Tensor, Tensor | None], tuple[Tensor, ...]],
     ) -> list[np.ndarray]:
-        """Apply `function` to blocks of rows in fitted units; concatenate what it returns."""
+        """Apply `function` to blocks of rows in fitted units and masks; concatenate the results."""
         dtype = _torch_dtype(X)
         net = self._model.on(device, dtype)
         rows = Rows(X, self._model.affine, device)
         with torch.no_grad():
             parts = [
-                [value.cpu().numpy() for value in function(net, x.to(dtype))]
+                [value.cpu().numpy() for value in function(net, *split_missing(x.to(dtype)))]
                 for _, x, _ in rows.blocks(floats_per_row)
             ]
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
     def _encode(self, X: np.ndarray, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-        def evaluate(net: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
-            mean, log_var = net.posterior(x)
+        def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
+            mean, log_var = net.posterior(x, observed)
             return mean, (0.5 * log_var).exp()
 
         mean, std = self._evaluate(X, device, self._floats_per_draw(), evaluate)
@@ -890,14 +997,15 @@ class VAETransformer(
     def _terms(self, X: np.ndarray, device: torch.device) -> ElboTerms[np.ndarray]:
         n_mc = _check_count(self.n_mc, "n_mc")  # may have been set since the fit
 
-        def evaluate(net: VAE, x: Tensor) -> tuple[Tensor, ...]:
-            return objective.elbo_terms(net, x, self._model.noise(n_mc, x), _DRAWS_PER_BLOCK)
+        def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor, ...]:
+            noise = self._model.noise(n_mc, x)
+            return objective.elbo_terms(net, x, observed, noise, _DRAWS_PER_BLOCK)
 
         floats_per_row = min(n_mc, _DRAWS_PER_BLOCK) * self._floats_per_draw()
         terms = ElboTerms(
             *(v.astype(np.float64) for v in self._evaluate(X, device, floats_per_row, evaluate))
         )
-        change_of_units = self._model.affine.log_abs_det
+        change_of_units = _log_scale(X, self._model.affine)
         return terms._replace(
             reconstruction=terms.reconstruction - change_of_units,
             energy=terms.energy - change_of_units,
@@ -909,6 +1017,7 @@ class VAETransformer(
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
@@ -928,6 +1037,12 @@ def _derive_seed(seed: int, n_epochs: int) -> int:
     return int(np.random.SeedSequence([seed, n_epochs]).generate_state(1)[0])
 
 
+def _log_scale(X: np.ndarray, affine: Affine) -> np.ndarray | float:
+    """Return ``sum_j log scale_j`` over the observed cells of each row."""
+    missing = np.isnan(X)
+    return ~missing @ np.log(affine.scale) if missing.any() else affine.log_abs_det
+
+
 def _resident(X: np.ndarray, affine: Affine, device: torch.device) -> Tensor:
     """Return all rows in fitted units, float32, on the device."""
     x = torch.empty(X.shape, dtype=torch.float32, device=device)
@@ -941,10 +1056,16 @@ def _of_mean_one(weight: Tensor) -> Tensor:
     return weight / weight.sum() * len(weight)
 
 
-def _mean_bound(net: VAE, x: Tensor, weight: Tensor, rows: Tensor, noise: Tensor) -> Tensor:
+def _mean_bound(
+    net: VAE,
+    cells: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    weight: Tensor,
+    rows: Tensor,
+    noise: Tensor,
+) -> Tensor:
     """Return the weighted mean bound of some resident rows, in fitted units."""
     total = weight.new_zeros(())
-    for block in rows.split(block_rows(noise.shape[0] * x.shape[1], x.device)):
-        terms = objective.elbo_terms(net, x[block], noise, len(noise))
+    for block in rows.split(block_rows(noise.shape[0] * net.likelihood.n_features, rows.device)):
+        terms = objective.elbo_terms(net, *cells(block), noise, len(noise))
         total += weight[block] @ (terms.reconstruction - terms.kl)
     return total / weight[rows].sum()

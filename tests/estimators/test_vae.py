@@ -290,9 +290,9 @@ def steps(monkeypatch):
     steps = []
     training_loss = module.objective.training_loss
 
-    def record(net, x, weight, noise, *, beta, n_rows):
+    def record(net, x, observed, weight, noise, *, beta, n_rows):
         steps.append((weight, n_rows))
-        return training_loss(net, x, weight, noise, beta=beta, n_rows=n_rows)
+        return training_loss(net, x, observed, weight, noise, beta=beta, n_rows=n_rows)
 
     monkeypatch.setattr(module.objective, "training_loss", record)
     return steps

@@ -50,7 +50,7 @@ def _started(blocks, x, n_components=2, hidden=(4,), dtype=torch.float64):
     n_features = x.shape[1]
     model = build(Architecture(n_features, n_components, hidden, "tanh", blocks), CPU, dtype)
     floor = torch.full((n_features,), 1e-3, dtype=torch.float64)
-    initialise(model, x.to(dtype), torch.ones(len(x)).double(), floor, make_generator(0))
+    initialise(model, x.to(dtype), None, torch.ones(len(x)).double(), floor, make_generator(0))
     return model
 
 
@@ -151,7 +151,7 @@ def test_draws_have_the_moments_of_the_law(name, likelihood, output):
     assert draws.shape == (40_000, 2)
     if name == "categorical":
         shares = np.bincount(draws[:, 0].long(), minlength=3) / 40_000
-        np.testing.assert_allclose(shares, likelihood.probabilities(output)[0, :3], atol=0.015)
+        np.testing.assert_allclose(shares, likelihood.statistics(output)[0, :3], atol=0.015)
         return
     variance = likelihood.variance(output)[0]
     error = (variance / 40_000).sqrt()
@@ -172,7 +172,7 @@ def test_fixed_noise_has_no_parameter_and_is_the_floor():
     blocks = (Block("gaussian", (0, 1), (), (0.5, 2.0)),)
     model = build(Architecture(2, 1, (), "tanh", blocks), CPU, torch.float64)
     floor = _t([0.25, 4.0])
-    initialise(model, torch.eye(2).double(), torch.ones(2).double(), floor, make_generator(0))
+    initialise(model, torch.eye(2).double(), None, torch.ones(2).double(), floor, make_generator(0))
     assert not list(model.likelihood.parameters())
     x, f = _t([[0.3, -1.0]]), _t([[0.1, 0.4]])
     expected = stats.norm([0.1, 0.4], [0.5, 2.0]).logpdf([0.3, -1.0]).sum()

@@ -130,10 +130,22 @@ class VAE(nn.Module):
         """Return what the encoder reads of rows x, shape (N, D) -> (N, n_inputs)."""
         return (self.likelihood.features(x) - self.input_shift) * self.input_scale
 
-    def posterior(self, x: Tensor) -> Posterior:
-        """Return q(z|x) of rows x, shape (N, D)."""
-        mean, raw = self.encoder(self.inputs(x)).chunk(2, dim=-1)  # (N, k) each
-        return Posterior(mean, bounded_log_var(raw))
+    def posterior(self, x: Tensor, observed: Tensor | None = None) -> Posterior:
+        """Return q(z|x) of rows x, shape (N, D), of which the `observed` cells are known.
+
+        Features of other cells are put at their mean, zero; a row without any known cell has the
+        prior, the exact posterior given nothing.
+        Source: Mattei & Frellsen (2019), MIWAE, arXiv:1812.02633, section 3.
+        """
+        inputs = self.inputs(x)
+        if observed is not None:
+            inputs = inputs * self.likelihood.per_feature(observed)
+        mean, raw = self.encoder(inputs).chunk(2, dim=-1)  # (N, k) each
+        log_var = bounded_log_var(raw)
+        if observed is not None:
+            known = observed.any(-1, keepdim=True)
+            mean, log_var = mean * known, log_var * known
+        return Posterior(mean, log_var)
 
     def curvature_weights(self) -> list[Tensor]:
         """Return the weights that make the networks non-linear; biases and linear maps are free."""

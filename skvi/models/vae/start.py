@@ -91,7 +91,12 @@ def factor_analysis(
 
 
 def initialise(
-    model: VAE, x: Tensor, weight: Tensor, noise_floor: Tensor, generator: torch.Generator
+    model: VAE,
+    x: Tensor,
+    observed: Tensor | None,
+    weight: Tensor,
+    noise_floor: Tensor,
+    generator: torch.Generator,
 ) -> None:
     """Fill `model` in place: linear parts from factor analysis, corrections at zero.
 
@@ -102,6 +107,8 @@ def initialise(
     x : Tensor of shape (N, D)
         Training rows in fitted units. Factor analysis uses the first few thousand: they must come
         in no particular order.
+    observed : Tensor of bool, shape (N, D), or None
+        The cells that count; None: all.
     weight : Tensor of shape (N,)
         Positive, float64: a float32 may be zero in all rows that factor analysis uses.
     noise_floor : Tensor of shape (D,)
@@ -113,26 +120,41 @@ def initialise(
     weight = weight / weight.max()
     weight = weight / weight.sum()
     features = likelihood.features(first)  # (n, n_inputs)
-    shift, mean = weight @ features, weight @ first
+    cells = torch.ones_like(first) if observed is None else observed[:_MAX_ROWS].double()
+    seen = likelihood.per_feature(cells)
+    mean, var, _ = _observed_moments(first, cells, weight)
+    shift, _, share = _observed_moments(features, seen, weight)
+    # Cells at their mean add no variance: the others stand in for them.
+    centred = (features - shift) * seen / share.sqrt()
     start = factor_analysis(
-        (features - shift) * weight.sqrt()[:, None],
+        centred * weight.sqrt()[:, None],
         model.decoder.linear.in_features,
         likelihood.least_noise(noise_floor),
         generator,
     )
-    known = Marginals(
-        mean, weight @ (first - mean).square(), shift, start.loadings, start.noise, noise_floor
-    )
+    known = Marginals(mean, var, shift, start.loadings, start.noise, noise_floor)
     with torch.no_grad():
         model.input_shift.copy_(shift)
-        largest = (likelihood.features(x) - model.input_shift).abs().amax(0)  # (n_inputs,)
-        model.input_scale.copy_((_LARGEST_INPUT / largest).clamp_max(1.0))
+        deviation = (likelihood.features(x) - model.input_shift).abs()  # (N, n_inputs)
+        if observed is not None:
+            deviation *= likelihood.per_feature(observed)
+        model.input_scale.copy_((_LARGEST_INPUT / deviation.amax(0)).clamp_max(1.0))
         _fill_encoder(model, start)
         bias, loadings = likelihood.start(known)
         model.decoder.linear.bias.copy_(bias)
         model.decoder.linear.weight.copy_(loadings)
         for network in (model.encoder, model.decoder):
             _fill_correction(network, generator)
+
+
+def _observed_moments(
+    values: Tensor, observed: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, variance and observed share of columns; 0, 0 and 1 where nothing is seen."""
+    share = weight @ observed
+    share = torch.where(share > 0, share, 1.0)
+    mean = weight @ (values * observed) / share
+    return mean, weight @ ((values - mean).square() * observed) / share, share
 
 
 def _fill_encoder(model: VAE, start: LinearStart) -> None:

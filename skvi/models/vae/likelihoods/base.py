@@ -79,6 +79,27 @@ class Likelihood(nn.Module):
         """``log p(x|z)``, summed over columns -> (...)."""
         return self.cells(x, output).sum(-1)
 
+    def log_prob_observed(self, x: Tensor, output: Tensor, observed: Tensor | None) -> Tensor:
+        """``log p(x|z)``, summed over the cells that are `observed`; None: over all -> (...)."""
+        if observed is None:
+            return self.log_prob(x, output)
+        return (self.cells(x, output) * observed).sum(-1)
+
+    def statistics(self, output: Tensor) -> Tensor:
+        """Return what averages over draws of z keep of ``p(x|z)``: first and second moments."""
+        mean = self.mean(output)
+        return torch.cat([mean, self.variance(output) + mean.square()], -1)
+
+    @property
+    def n_statistics(self) -> int:
+        """Width of :meth:`statistics`."""
+        return 2 * self.n_features
+
+    def summarise(self, averages: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn averaged statistics into the mean and the variance of each cell, (..., D) each."""
+        mean, second = averages.chunk(2, -1)
+        return mean, (second - mean.square()).clamp_min(0.0)
+
     def mean(self, output: Tensor) -> Tensor:
         """``E[x|z]`` -> (..., D); for codes the most probable one."""
         raise NotImplementedError

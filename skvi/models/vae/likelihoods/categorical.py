@@ -55,19 +55,27 @@ class Categorical(Likelihood):
             columns.append(chosen.squeeze(-1) - logits.logsumexp(-1))
         return torch.stack(columns, -1)
 
-    def probabilities(self, output: Tensor) -> Tensor:
+    def statistics(self, output: Tensor) -> Tensor:
         """Return ``P(x_j = l|z)`` of all levels -> (..., n_outputs)."""
         return torch.cat([logits.softmax(-1) for logits in self._by_column(output)], -1)
 
+    @property
+    def n_statistics(self) -> int:
+        return self.n_outputs
+
+    def summarise(self, averages: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the most probable codes, and the variances ``p (1 - p)`` of their indicators."""
+        best = [p.max(-1) for p in self._by_column(averages)]
+        mode = torch.stack([b.indices for b in best], -1).to(averages.dtype)
+        p = torch.stack([b.values for b in best], -1)
+        return mode, p * (1.0 - p)
+
     def mean(self, output: Tensor) -> Tensor:
         """Return the most probable code; the arithmetic mean of codes says nothing."""
-        modes = [logits.argmax(-1) for logits in self._by_column(output)]
-        return torch.stack(modes, -1).to(output.dtype)
+        return self.summarise(output)[0]
 
     def variance(self, output: Tensor) -> Tensor:
-        """Return ``p (1 - p)`` of the most probable code: the variance of its indicator."""
-        p = torch.stack([logits.softmax(-1).amax(-1) for logits in self._by_column(output)], -1)
-        return p * (1.0 - p)
+        return self.summarise(self.statistics(output))[1]
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         # The largest of logits plus Gumbel noise is a draw.

@@ -135,6 +135,18 @@ class Mixed(Likelihood):
         total = [part.log_prob(v, o) for part, v, o in self._pairs(x, output)]
         return torch.stack(total).sum(0)
 
+    def statistics(self, output: Tensor) -> Tensor:
+        return torch.cat([p.statistics(o) for p, o in self._split(output, "n_outputs")], -1)
+
+    @property
+    def n_statistics(self) -> int:
+        return sum(part.n_statistics for part in self._parts())
+
+    def summarise(self, averages: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [p.summarise(a) for p, a in self._split(averages, "n_statistics")]
+        means, variances = zip(*parts, strict=True)
+        return self._join_columns([*means]), self._join_columns([*variances])
+
     def mean(self, output: Tensor) -> Tensor:
         return self._join_columns([p.mean(o) for p, o in self._split(output, "n_outputs")])
 
