@@ -1,5 +1,6 @@
 """Variational autoencoder as a scikit-learn transformer and density estimator."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -126,6 +127,12 @@ class VAETransformer(
         are ignored. None: they are learned.
     beta : float, default=1.0
         Weight of the KL term in training (Higgins et al. 2017). Reported bounds have beta = 1.
+    kl_warmup : int, default=0
+        Epochs over which the weight of the KL rises linearly from 0 to `beta`, counted over all
+        calls that continue a fit (Bowman et al. 2016; Sonderby et al. 2016).
+    free_bits : float, default=0.0
+        Nats per code and row, on average over a minibatch, that the KL may have without cost in
+        training (Kingma et al. 2016): codes are then not given up early. Reported bounds have none.
     learning_rate_init : float, default=0.001
         Step of Adam after a warm-up of up to 20 steps in the first call; `fit` anneals it to zero
         along a cosine over its epochs, `partial_fit` keeps it.
@@ -243,6 +250,8 @@ class VAETransformer(
         "likelihood": [StrOptions({"auto", *LIKELIHOODS}), dict],
         "noise_std": [None, Interval(Real, 0.0, None, closed="neither"), "array-like"],
         "beta": [Interval(Real, 0.0, None, closed="left")],
+        "kl_warmup": [Interval(Integral, 0, None, closed="left")],
+        "free_bits": [Interval(Real, 0.0, None, closed="left")],
         "learning_rate_init": [Interval(Real, 0.0, None, closed="neither")],
         "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
         "max_iter": [None, Interval(Integral, 1, None, closed="left")],
@@ -265,6 +274,8 @@ class VAETransformer(
         likelihood: str | dict[str, Any] = "auto",
         noise_std: Any = None,
         beta: float = 1.0,
+        kl_warmup: int = 0,
+        free_bits: float = 0.0,
         learning_rate_init: float = 0.001,
         batch_size: int | str = "auto",
         max_iter: int | None = None,
@@ -283,6 +294,8 @@ class VAETransformer(
         self.likelihood = likelihood
         self.noise_std = noise_std
         self.beta = beta
+        self.kl_warmup = kl_warmup
+        self.free_bits = free_bits
         self.learning_rate_init = learning_rate_init
         self.batch_size = batch_size
         self.max_iter = max_iter
@@ -475,10 +488,20 @@ class VAETransformer(
             parameters, self.learning_rate_init, None if model is None else model.optimizer
         )
 
+        n_batches = math.ceil(len(rows) / batch_size)
+        steps = itertools.count(n_epochs_before * n_batches)
+
         def loss_and_bound(batch: Tensor) -> tuple[Tensor, Tensor]:
+            rise = min(1.0, (next(steps) + 1) / (self.kl_warmup * n_batches + 1))
             noise = x.new_empty(len(batch), architecture.n_components).normal_(generator=generator)
             return objective.training_loss(
-                net, *cells(batch), w[batch], noise, beta=self.beta, n_rows=n_before + len(rows)
+                net,
+                *cells(batch),
+                w[batch],
+                noise,
+                beta=rise * self.beta,
+                free_bits=self.free_bits,
+                n_rows=n_before + len(rows),
             )
 
         total = float(weight.sum())

@@ -267,6 +267,19 @@ def test_weights_count_as_repeated_rows_in_the_loss(rng):
         assert torch.allclose(a, b, rtol=1e-12)
 
 
+def test_free_nats_cost_nothing_and_leave_the_bound_alone(rng):
+    model = _model(3, 2, hidden=(4,))
+    x, eps, weight = _x(rng, 6, 3), _x(rng, 6, 2), torch.ones(6, dtype=torch.float64)
+    kl = normal.kl_standard(*model.posterior(x)).mean(0)
+    free = float(kl.mean())  # between the two codes
+    plain, freed = (
+        objective.training_loss(model, x, None, weight, eps, beta=2.0, free_bits=f, n_rows=9)
+        for f in (0.0, free)
+    )
+    assert float(freed[0] - plain[0]) == pytest.approx(2.0 * float(free - kl.min()), rel=1e-9)
+    assert float(freed[1]) == float(plain[1])
+
+
 def test_the_loss_is_the_negative_bound_plus_the_prior_of_the_curvature(rng):
     model = _model(3, 2, hidden=(4,))
     x, eps = _x(rng, 6, 3), _x(rng, 6, 2)

@@ -95,15 +95,17 @@ def training_loss(
     noise: Tensor,
     *,
     beta: float,
+    free_bits: float = 0.0,
     n_rows: int,
 ) -> tuple[Tensor, Tensor]:
     r"""Return the loss of a minibatch and its estimate of the bound, both per unit of weight.
 
     .. math::
-        \text{loss} = \tfrac1B \sum_n w_n (\beta\, \mathrm{KL}_n - \text{reconstruction}_n)
+        \text{loss} = \beta \sum_k \max(\lambda, \tfrac1B \sum_n w_n \mathrm{KL}_{nk})
+            - \tfrac1B \sum_n w_n \text{reconstruction}_n
             + \tfrac{\tau}{2N} \|\text{curvature weights}\|^2
 
-    The second term is a normal prior of precision :math:`\tau` on the weights that bend the
+    The last term is a normal prior of precision :math:`\tau` on the weights that bend the
     networks: it matters for a hundred rows and vanishes for many.
 
     Parameters
@@ -119,23 +121,25 @@ def training_loss(
         One draw per row.
     beta : float
         Weight of the KL (Higgins et al. 2017); 1 is the bound.
+    free_bits : float
+        lambda, nats per code that cost nothing (Kingma et al. 2016, arXiv:1606.04934, C.8).
     n_rows : int
         N, the number of training rows, without those held out.
 
     Returns
     -------
     loss, bound : Tensor of shape ()
-        `bound` has ``beta = 1``, no prior on weights, and no gradient.
+        `bound` has ``beta = 1``, no free nats, no prior on weights, and no gradient.
     """
     mean, log_var = model.posterior(x, observed)  # (B, k)
     z = torch.addcmul(mean, (0.5 * log_var).exp(), noise)
     log_prob = model.likelihood.log_prob_observed(x, model.decoder(z), observed)
     reconstruction = (weight * log_prob).mean()
-    kl = (weight * normal.kl_standard(mean, log_var).sum(-1)).mean()
-    loss = beta * kl - reconstruction
+    kl = weight @ normal.kl_standard(mean, log_var) / len(x)  # (k,)
+    loss = beta * kl.clamp_min(free_bits).sum() - reconstruction
     for matrix in model.curvature_weights():
         loss = loss + (0.5 * WEIGHT_PRECISION / n_rows) * matrix.square().sum()
-    return loss, (reconstruction - kl).detach()
+    return loss, (reconstruction - kl.sum()).detach()
 
 
 def log_predictive(
