@@ -143,7 +143,9 @@ class VariationalEstimator(BaseEstimator):
 
 
 def _check_range(array: np.ndarray, name: str) -> None:
-    if array.size and max(float(array.max()), -float(array.min())) > LARGEST_VALUE:
+    # fmax and fmin pass over NaN, where a caller allows them.
+    largest = max(float(np.fmax.reduce(array, axis=None)), -float(np.fmin.reduce(array, axis=None)))
+    if largest > LARGEST_VALUE:
         raise ValueError(
             f"{name} contains values beyond {LARGEST_VALUE:g} in magnitude, whose squares leave "
             "the range of float64; rescale the data, for example with StandardScaler."

@@ -1,5 +1,6 @@
 """Variational autoencoder as a scikit-learn transformer and density estimator."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -14,16 +15,25 @@ from sklearn.utils.validation import check_array, check_is_fitted
 from torch import Tensor
 
 from skvi.estimators._base import VariationalEstimator, to_host, to_numpy, weighted_mean
+from skvi.estimators._columns import (
+    check_observed,
+    check_support,
+    fitted_units,
+    requested_blocks,
+    standardised_columns,
+    with_levels,
+    without_levels,
+)
 from skvi.estimators._compat import Interval, StrOptions, fit_context
 from skvi.inference.gradient import Descent, Patience, Schedule, adam, descend, export_state
 from skvi.inference.monitor import Status, announce_epoch
 from skvi.models.terms import ElboTerms
 from skvi.models.vae import objective, start
-from skvi.models.vae.likelihoods import Gaussian
+from skvi.models.vae.likelihoods import LIKELIHOODS, Block
 from skvi.models.vae.networks import ACTIVATIONS, VAE, Architecture, build, export, restore
+from skvi.models.vae.objective import split_missing
 from skvi.runtime.blocks import Affine, Rows, block_rows
 from skvi.runtime.device import resolve_device
-from skvi.runtime.moments import weighted_moments
 from skvi.runtime.random import draw_seed, make_generator
 
 # The budget of max_iter=None: at least so many optimiser steps, at least so many epochs, but the
@@ -35,16 +45,14 @@ _MIN_ROWS_TO_HOLD_OUT = 1000
 _VALIDATION_DRAWS = 8
 # So many draws of a block of rows are decoded at a time, whatever their number.
 _DRAWS_PER_BLOCK = 64
-# A Gaussian's noise is at least the range of its feature over this. Ranges, not standard
-# deviations: a feature that is zero in all rows but few has a tiny one, and a network that learns
-# those rows by heart would call every other value impossible.
-_RANGE_PER_NOISE_STD = 300.0
 _WARMUP_STEPS = 20
 # Without held-out rows: training has settled when a window gains less, in nats per row.
 _TRAINING_TOL = 0.01
 # A floor above this (a tenth of the variance) tells of a constant or almost constant feature, not
 # of a network that explains too much.
-_ORDINARY_LOG_FLOOR = math.log(0.1)
+_ORDINARY_FLOOR = math.sqrt(0.1)
+# Attributes that only some likelihoods have.
+_LEARNED = ("noise_std", "noise_floor", "dof", "dispersion")
 # Rows further out than this, in units of the spread, have squares outside the dtype's range.
 _REACH = {torch.float32: 1e12, torch.float64: 1e100}
 
@@ -96,11 +104,35 @@ class VAETransformer(
         model is factor analysis.
     activation : {"logistic", "relu", "silu", "tanh"}, default="silu"
         Of the hidden layers.
-    likelihood : {"auto", "gaussian", "bernoulli"}, default="auto"
-        "gaussian": one learned variance per feature. "bernoulli": features in {0, 1}.
-        "auto": "bernoulli" if all values of X are 0 or 1, else "gaussian".
+    likelihood : str or dict, default="auto"
+        What the decoder's output means, for all columns or, as a dict, for lists of them.
+
+        - "gaussian": real numbers; one variance per column, learned unless `noise_std` gives it.
+        - "gaussian_heteroscedastic": the decoder predicts mean and variance of every cell.
+        - "student_t": real numbers with outliers; learned scale and degrees of freedom per column.
+        - "bernoulli": values in {0, 1}.
+        - "continuous_bernoulli": shares in [0, 1].
+        - "poisson": counts 0, 1, 2, ... whose variance is their mean.
+        - "negative_binomial": counts with more variance, ``m + dispersion m^2``.
+        - "categorical": integer codes 0, 1, ..., K - 1 per column, as
+          :class:`~sklearn.preprocessing.OrdinalEncoder` makes them; K is one more than the largest
+          code of the column in `fit`. Means and reconstructions are the most probable code.
+        - "auto": "bernoulli" if all values of X are 0 or 1, else "gaussian".
+
+        A table of mixed columns has a dict from such names (without "auto") to lists of column
+        names or indices, every column once:
+        ``{"gaussian": ["age", "income"], "categorical": ["town"], "poisson": [7, 8]}``.
+    noise_std : float or array-like of shape (n_features,), default=None
+        Fixed standard deviations of Gaussian columns, in the units of X; entries of other columns
+        are ignored. None: they are learned.
     beta : float, default=1.0
         Weight of the KL term in training (Higgins et al. 2017). Reported bounds have beta = 1.
+    kl_warmup : int, default=0
+        Epochs over which the weight of the KL rises linearly from 0 to `beta`, counted over all
+        calls that continue a fit (Bowman et al. 2016; Sonderby et al. 2016).
+    free_bits : float, default=0.0
+        Nats per code and row, on average over a minibatch, that the KL may have without cost in
+        training (Kingma et al. 2016): codes are then not given up early. Reported bounds have none.
     learning_rate_init : float, default=0.001
         Step of Adam after a warm-up of up to 20 steps in the first call; `fit` anneals it to zero
         along a cosine over its epochs, `partial_fit` keeps it.
@@ -153,12 +185,20 @@ class VAETransformer(
         0.01 nats per row on as many before. False after `partial_fit`.
     active_units_ : ndarray of bool, shape (n_components,)
         ``Var_x E_q[z] > 0.01`` (Burda et al. 2016, section 5.2): which codes are in use.
-    likelihood_ : {"gaussian", "bernoulli"}
+    likelihood_ : str or dict
+        The name in use; of a mixed table, a dict from names to lists of column indices.
     noise_std_ : ndarray of shape (n_features,)
-        Gaussian only: learned standard deviation of each feature, in the units of X.
+        Gaussian: standard deviation of each column given its code, in the units of X. Student's
+        t: its scale. NaN for other columns of a mixed table; absent if there are only others.
     noise_floor_ : ndarray of shape (n_features,)
-        Gaussian only: the lower limit of `noise_std_`, a 300th of the feature's range in the
-        first fit. A constant feature has unit variance instead, since nothing informs it.
+        Learned Gaussian, heteroscedastic and Student's t only: the lower limit of noise standard
+        deviations, a 300th of the column's range in the first fit (Student's t: a 50th of its
+        spread by the quartiles). A constant column has unit variance instead, since nothing
+        informs it.
+    dof_ : ndarray of shape (n_features,)
+        Student's t only: degrees of freedom, between 1 and 100.
+    dispersion_ : ndarray of shape (n_features,)
+        Negative binomial only: the variance of a cell of mean m is ``m + dispersion m^2``.
     n_samples_seen_ : int
         Rows of positive weight in the last `fit` and in the calls of `partial_fit` since.
     n_features_in_ : int
@@ -167,9 +207,13 @@ class VAETransformer(
 
     Notes
     -----
-    Data are standardised inside for a Gaussian likelihood, and every density is that of the X
-    that was passed. Networks train in float32; a float64 X is scored and transformed in float64,
-    a float32 X in float32.
+    Real columns are standardised inside (for Student's t by median and quartiles), and every
+    density is that of the X that was passed; scores of a mixed table add densities and masses.
+    Cells that are NaN are missing at random: likelihoods are summed over the observed cells, the
+    encoder reads the column's mean in place of the others, and a row without any observed cell
+    has the prior as its posterior and the score 0 (Mattei & Frellsen 2019).
+    Networks train in float32; a float64 X is scored and transformed in float64, a float32 X in
+    float32.
 
     References
     ----------
@@ -178,7 +222,10 @@ class VAETransformer(
     Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders, arXiv:1509.00519.
     Mattei & Frellsen (2018), Leveraging the exact likelihood of deep latent variable models,
     arXiv:1802.04826.
+    Mattei & Frellsen (2019), MIWAE: deep generative modelling and imputation of incomplete data
+    sets, arXiv:1812.02633.
     Lucas et al. (2019), Don't blame the ELBO!, arXiv:1911.02469.
+    Loaiza-Ganem & Cunningham (2019), The continuous Bernoulli, arXiv:1907.06845.
 
     Examples
     --------
@@ -200,8 +247,11 @@ class VAETransformer(
         "n_components": [Interval(Integral, 1, None, closed="left")],
         "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
-        "likelihood": [StrOptions({"auto", "gaussian", "bernoulli"})],
+        "likelihood": [StrOptions({"auto", *LIKELIHOODS}), dict],
+        "noise_std": [None, Interval(Real, 0.0, None, closed="neither"), "array-like"],
         "beta": [Interval(Real, 0.0, None, closed="left")],
+        "kl_warmup": [Interval(Integral, 0, None, closed="left")],
+        "free_bits": [Interval(Real, 0.0, None, closed="left")],
         "learning_rate_init": [Interval(Real, 0.0, None, closed="neither")],
         "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
         "max_iter": [None, Interval(Integral, 1, None, closed="left")],
@@ -221,8 +271,11 @@ class VAETransformer(
         *,
         hidden_layer_sizes: Any = (256,),
         activation: str = "silu",
-        likelihood: str = "auto",
+        likelihood: str | dict[str, Any] = "auto",
+        noise_std: Any = None,
         beta: float = 1.0,
+        kl_warmup: int = 0,
+        free_bits: float = 0.0,
         learning_rate_init: float = 0.001,
         batch_size: int | str = "auto",
         max_iter: int | None = None,
@@ -239,7 +292,10 @@ class VAETransformer(
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
         self.likelihood = likelihood
+        self.noise_std = noise_std
         self.beta = beta
+        self.kl_warmup = kl_warmup
+        self.free_bits = free_bits
         self.learning_rate_init = learning_rate_init
         self.batch_size = batch_size
         self.max_iter = max_iter
@@ -261,7 +317,7 @@ class VAETransformer(
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Finite numbers, at least two rows of positive weight.
+            Numbers, or NaN for cells that are missing; at least two rows of positive weight.
         y : Ignored
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
@@ -276,8 +332,8 @@ class VAETransformer(
         Raises
         ------
         ValueError
-            For invalid parameters or data; for values other than 0 and 1 under a Bernoulli
-            likelihood; for a `warm_start` from a fit of another shape; if training diverges.
+            For invalid parameters or data; for values that their likelihood cannot explain; for a
+            `warm_start` from a fit of another shape; if training diverges.
 
         Warns
         -----
@@ -286,7 +342,7 @@ class VAETransformer(
             if features sit on the noise floor; and if no code is in use (see `active_units_`).
         """
         with self._all_or_nothing():
-            door = self._door(X, reset=True, ensure_min_samples=2)
+            door = self._door(X, reset=True, ensure_min_samples=2, ensure_all_finite="allow-nan")
             weight = self._weights(sample_weight, door.X)
             X, weight = door.X[weight > 0], weight[weight > 0]
             model = self._model if self.warm_start and hasattr(self, "_model") else None
@@ -348,7 +404,10 @@ class VAETransformer(
         """
         with self._all_or_nothing():
             model = getattr(self, "_model", None)
-            door = self._door(X, reset=model is None, ensure_min_samples=2 if model is None else 1)
+            n_least = 2 if model is None else 1
+            door = self._door(
+                X, reset=model is None, ensure_min_samples=n_least, ensure_all_finite="allow-nan"
+            )
             weight = self._weights(sample_weight, door.X)
             X, weight = door.X[weight > 0], weight[weight > 0]
             history = [] if model is None else self.elbo_history_
@@ -391,17 +450,24 @@ class VAETransformer(
                 raise ValueError(
                     "There is only 1 sample of positive weight; a spread needs at least two."
                 )
-            architecture = self._architecture(X.shape[1], self._likelihood_of(X))
-            affine = _fitted_units(X, weight, architecture.likelihood)
+            check_observed(X, self._names())
+            blocks = self._blocks(X)
+            check_support(X, blocks, self._names())
+            architecture = self._architecture(X.shape[1], with_levels(blocks, X))
+            affine, floor = fitted_units(X, weight, architecture.blocks)
             seed, n_epochs_before = draw_seed(self.random_state), 0
         else:
-            self._check_continues(model, X.shape[1])
+            self._check_continues(model, X)
             architecture, affine, seed = model.architecture, model.affine, model.seed
             n_epochs_before = model.n_epochs
-        _check_support(X, architecture.likelihood)
-        _check_reach(X, affine, torch.float32)
+            check_support(X, architecture.blocks, self._names())
+        self._check_reach(X, architecture.blocks, affine, torch.float32)
 
-        x = _resident(X, affine, device)
+        x, observed = split_missing(_resident(X, affine, device))
+
+        def cells(batch: Tensor) -> tuple[Tensor, Tensor | None]:
+            return x[batch], None if observed is None else observed[batch]
+
         # Of the same X, a warm start holds the same rows out: they are never trained on.
         generator = make_generator(_derive_seed(seed, 0), device)
         order = torch.randperm(X.shape[0], generator=generator, device=device)
@@ -411,8 +477,8 @@ class VAETransformer(
             w[part] = _of_mean_one(w[part])
         if model is None:
             net = build(architecture, device, torch.float32)
-            floor = torch.from_numpy(_noise_floor(X, affine)).to(device)
-            start.initialise(net, x[rows], w[rows], floor, generator)
+            noise_floor = torch.from_numpy(floor).to(device)
+            start.initialise(net, *cells(rows), w[rows], noise_floor, generator)
         else:
             net = model.on(device, torch.float32)
             generator = make_generator(_derive_seed(seed, n_epochs_before), device)
@@ -422,14 +488,24 @@ class VAETransformer(
             parameters, self.learning_rate_init, None if model is None else model.optimizer
         )
 
+        n_batches = math.ceil(len(rows) / batch_size)
+        steps = itertools.count(n_epochs_before * n_batches)
+
         def loss_and_bound(batch: Tensor) -> tuple[Tensor, Tensor]:
+            rise = min(1.0, (next(steps) + 1) / (self.kl_warmup * n_batches + 1))
             noise = x.new_empty(len(batch), architecture.n_components).normal_(generator=generator)
             return objective.training_loss(
-                net, x[batch], w[batch], noise, beta=self.beta, n_rows=n_before + len(rows)
+                net,
+                *cells(batch),
+                w[batch],
+                noise,
+                beta=rise * self.beta,
+                free_bits=self.free_bits,
+                n_rows=n_before + len(rows),
             )
 
         total = float(weight.sum())
-        per_row = -affine.log_abs_det
+        per_row = -weighted_mean(np.broadcast_to(_log_scale(X, affine), len(X)), weight)
 
         def report(epoch: int, bound: float, validation: float | None) -> None:
             validation = None if validation is None else validation + per_row
@@ -437,6 +513,10 @@ class VAETransformer(
             announce_epoch(name, epoch, bound + per_row, validation, verbose=self.verbose)
 
         noise = objective.shared_noise(_VALIDATION_DRAWS, architecture.n_components, seed).to(x)
+
+        def validate() -> Tensor:
+            return _mean_bound(net, cells, w, held_out, noise)
+
         descent = descend(
             loss_and_bound,
             parameters,
@@ -447,7 +527,9 @@ class VAETransformer(
             schedule=schedule,
             generator=generator,
             patience=patience,
-            validate=(lambda: _mean_bound(net, x, w, held_out, noise)) if n_validation else None,
+            validate=(lambda: _mean_bound(net, cells, w, held_out, noise))
+            if n_validation
+            else None,
             report=report,
         )
         if descent.status is Status.NON_FINITE:
@@ -475,18 +557,19 @@ class VAETransformer(
     def _publish(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
         """Set the attributes that follow from the network and the rows it was fitted to."""
         self._n_features_out = self._model.architecture.n_components
-        self.likelihood_ = self._model.architecture.likelihood
-        if self.likelihood_ == "gaussian":
-            likelihood = self._model.on(torch.device("cpu"), torch.float64).likelihood
-            assert isinstance(likelihood, Gaussian)
-            log_var, log_floor = to_numpy(likelihood.log_var()), to_numpy(likelihood.log_floor)
-            self.noise_std_ = self._model.affine.scale * np.exp(0.5 * log_var)
-            self.noise_floor_ = self._model.affine.scale * np.exp(0.5 * log_floor)
-            on_floor = (log_var < log_floor + math.log(2.0)) & (log_floor < _ORDINARY_LOG_FLOOR)
-            self._on_floor = np.flatnonzero(on_floor)
-        else:
-            for name in ("noise_std_", "noise_floor_", "_on_floor"):
-                self.__dict__.pop(name, None)
+        blocks = self._model.architecture.blocks
+        self.likelihood_ = (
+            {block.name: list(block.columns) for block in blocks}
+            if isinstance(self.likelihood, dict)
+            else blocks[0].name
+        )
+        for name in _LEARNED:
+            self.__dict__.pop(f"{name}_", None)
+        likelihood = self._model.on(torch.device("cpu"), torch.float64).likelihood
+        scale = self._model.affine.scale
+        for name, values in likelihood.learned().items():
+            unit = scale if name.startswith("noise") else 1.0
+            setattr(self, f"{name}_", unit * to_numpy(values))
         self.kl_ = 0.0
         scores = self._score_rows(X, device)
         if not np.isfinite(scores).all():
@@ -509,17 +592,26 @@ class VAETransformer(
                 ConvergenceWarning,
                 stacklevel=4,
             )
-        if self.likelihood_ == "gaussian" and self._on_floor.size:
+        on_floor = self._on_floor()
+        if on_floor.size:
             warnings.warn(
-                f"The noise of features {self._on_floor.tolist()} is on its floor (a 300th "
-                "of their range): they are an exact function of the code, and without the "
+                f"The noise of features {on_floor.tolist()} is on its floor (see "
+                "noise_floor_): they are an exact function of the code, and without the "
                 "floor the bound would grow for ever. Drop duplicated or collinear features, "
                 "lower n_components or hidden_layer_sizes, or read scores as relative to it.",
                 ConvergenceWarning,
                 stacklevel=4,
             )
 
-    def _architecture(self, n_features: int, likelihood: str) -> Architecture:
+    def _on_floor(self) -> np.ndarray:
+        """Return the columns whose learned noise is on its floor."""
+        if not (hasattr(self, "noise_std_") and hasattr(self, "noise_floor_")):
+            return np.empty(0, dtype=int)
+        at_floor = self.noise_std_ < math.sqrt(2.0) * self.noise_floor_
+        ordinary = self.noise_floor_ < _ORDINARY_FLOOR * self._model.affine.scale
+        return np.flatnonzero(at_floor & ordinary)
+
+    def _architecture(self, n_features: int, blocks: tuple[Block, ...]) -> Architecture:
         sizes = np.atleast_1d(np.asarray(self.hidden_layer_sizes))
         if sizes.ndim != 1 or (sizes.size and (sizes.dtype.kind not in "iu" or sizes.min() < 1)):
             raise ValueError(
@@ -527,20 +619,23 @@ class VAETransformer(
             )
         hidden = tuple(int(size) for size in sizes)
         n_components = int(self.n_components)
-        return Architecture(n_features, n_components, hidden, self.activation, likelihood)
+        return Architecture(n_features, n_components, hidden, self.activation, blocks)
 
-    def _likelihood_of(self, X: np.ndarray) -> str:
-        if self.likelihood != "auto":
-            return self.likelihood
-        return "gaussian" if _first_non_binary(X) is not None else "bernoulli"
+    def _names(self) -> np.ndarray | None:
+        return getattr(self, "feature_names_in_", None)
 
-    def _check_continues(self, model: _Model, n_features: int) -> None:
-        likelihood = model.architecture.likelihood if self.likelihood == "auto" else self.likelihood
-        if self._architecture(n_features, likelihood) != model.architecture:
+    def _blocks(
+        self, X: np.ndarray, previous: tuple[Block, ...] | None = None
+    ) -> tuple[Block, ...]:
+        return requested_blocks(self.likelihood, self.noise_std, X, self._names(), previous)
+
+    def _check_continues(self, model: _Model, X: np.ndarray) -> None:
+        known = model.architecture._replace(blocks=without_levels(model.architecture.blocks))
+        if self._architecture(X.shape[1], self._blocks(X, known.blocks)) != known:
             raise ValueError(
                 "The previous fit cannot be continued: the number of features, n_components, "
-                "hidden_layer_sizes, activation or likelihood has changed. Restore them, set "
-                "warm_start=False, or fit a clone."
+                "hidden_layer_sizes, activation, likelihood or noise_std has changed. Restore "
+                "them, set warm_start=False, or fit a clone."
             )
 
     def _n_validation(self, n_rows: int) -> int:
@@ -638,6 +733,91 @@ class VAETransformer(
         X, device = self._checked(X)
         return self._decode(self._encode(X, device)[0], device)
 
+    def posterior(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation of q(z|x), row by row.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+
+        Returns
+        -------
+        means, stds : ndarray of shape (n_samples, n_components)
+            In the dtype of X.
+        """
+        check_is_fitted(self)
+        return self._encode(*self._checked(X))
+
+    def interpolate(self, x0: Any, x1: Any, n: int = 10) -> np.ndarray:
+        """Return the decoded means of codes on the straight line between those of two rows.
+
+        Parameters
+        ----------
+        x0, x1 : array-like of shape (n_features,) or (1, n_features)
+        n : int, default=10
+            Number of points; the first is ``reconstruct(x0)``, the last ``reconstruct(x1)``.
+
+        Returns
+        -------
+        X : ndarray of shape (n, n_features)
+            In the units of X.
+        """
+        check_is_fitted(self)
+        n = _check_count(n, "n")
+        ends = []
+        for row in (x0, x1):
+            X, device = self._checked(np.reshape(row, (1, -1)) if np.ndim(row) == 1 else row)
+            if X.shape[0] != 1:
+                raise ValueError(f"interpolate goes from one row to one row; got {X.shape[0]}.")
+            ends.append(self._encode(X, device)[0])
+        share = np.linspace(0.0, 1.0, n, dtype=ends[0].dtype)[:, None]
+        return self._decode((1.0 - share) * ends[0] + share * ends[1], device)
+
+    def impute(self, X: Any, n_importance: int = 1000, return_std: bool = False) -> Any:
+        r"""Fill missing cells with their mean given the observed cells of the row.
+
+        .. math::
+            E[x_j | x_o] \approx \sum_s \bar w_s E[x_j | z_s], \qquad
+            \bar w_s \propto \frac{p(x_o|z_s)\,p(z_s)}{q(z_s|x_o)}, \qquad z_s \sim q(z|x_o)
+
+        Mattei & Frellsen (2019), equation 12. Categorical cells get their most probable code.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            NaN where cells are missing.
+        n_importance : int, default=1000
+            Number of draws, shared by all rows. Time grows with it, memory does not.
+        return_std : bool, default=False
+            Whether to return how uncertain each cell is.
+
+        Returns
+        -------
+        X : ndarray of shape (n_samples, n_features)
+            A copy; observed cells are as they were.
+        std : ndarray of shape (n_samples, n_features)
+            Only with `return_std`: standard deviations given the observed cells, in the units of
+            X, zero for observed cells; for a code of probability p that of its indicator,
+            ``sqrt(p (1 - p))``.
+        """
+        check_is_fitted(self)
+        n_importance = _check_count(n_importance, "n_importance")
+        X, device = self._checked(X)
+
+        def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor, ...]:
+            noise = self._model.noise(n_importance, x)
+            return objective.predictive_moments(net, x, observed, noise, _DRAWS_PER_BLOCK)
+
+        missing = np.isnan(X)
+        filled, std = X.copy(), np.zeros_like(X)
+        some = missing.any(axis=1)
+        if some.any():
+            floats_per_row = min(n_importance, _DRAWS_PER_BLOCK) * 2 * self._floats_per_draw()
+            mean, var = self._evaluate(X[some], device, floats_per_row, evaluate)
+            filled[missing] = self._original_units(mean)[missing[some]]
+            std[missing] = (np.sqrt(var) * self._model.affine.scale)[missing[some]]
+        return (filled, std) if return_std else filled
+
     def sample(self, n_samples: int = 1, random_state: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Draw codes from the prior and rows from the likelihood given them.
 
@@ -686,7 +866,7 @@ class VAETransformer(
         Returns
         -------
         ndarray of float64, shape (n_samples,)
-            Nats, of densities of the X that was passed; ``log p(x)`` of masses for Bernoulli.
+            Nats, of densities of the X that was passed; of masses for discrete columns.
         """
         check_is_fitted(self)
         return self._score_rows(*self._checked(X))
@@ -751,49 +931,67 @@ class VAETransformer(
         n_importance = _check_count(n_importance, "n_importance")
         X, device = self._checked(X)
 
-        def evaluate(net: VAE, x: Tensor) -> tuple[Tensor]:
+        def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor]:
             noise = self._model.noise(n_importance, x)
-            return (objective.log_predictive(net, x, noise, _DRAWS_PER_BLOCK),)
+            return (objective.log_predictive(net, x, observed, noise, _DRAWS_PER_BLOCK),)
 
         floats_per_row = min(n_importance, _DRAWS_PER_BLOCK) * self._floats_per_draw()
         (values,) = self._evaluate(X, device, floats_per_row, evaluate)
-        return values.astype(np.float64) - self._model.affine.log_abs_det
+        return values.astype(np.float64) - _log_scale(X, self._model.affine)
 
     # -- the way to the network and back ----------------------------------------------------------
 
     def _checked(self, X: Any) -> tuple[np.ndarray, torch.device]:
         """Validate rows for a fitted network."""
-        door = self._door(X, reset=False)
-        _check_support(door.X, self._model.architecture.likelihood)
-        _check_reach(door.X, self._model.affine, _torch_dtype(door.X))
+        door = self._door(X, reset=False, ensure_all_finite="allow-nan")
+        blocks = self._model.architecture.blocks
+        check_support(door.X, blocks, self._names())
+        self._check_reach(door.X, blocks, self._model.affine, _torch_dtype(door.X))
         return door.X, door.device
+
+    def _check_reach(
+        self, X: np.ndarray, blocks: tuple[Block, ...], affine: Affine, dtype: torch.dtype
+    ) -> None:
+        """Raise if a real column is so far out that its squares leave the range of `dtype`."""
+        with np.errstate(over="ignore"):
+            above, below = np.fmax.reduce(X) - affine.shift, affine.shift - np.fmin.reduce(X)
+            far = np.maximum(above, below) / affine.scale
+        far[np.isnan(far)] = 0.0  # no cell of this column is observed
+        far[~standardised_columns(blocks, X.shape[1])] = 0.0
+        column = int(np.argmax(far))
+        if not far[column] <= _REACH[dtype]:
+            raise ValueError(
+                f"Column {column} of X has values {far[column]:.3g} times its (weighted) spread "
+                f"in training away from the centre: too far for {dtype}. Remove such rows, or "
+                "weight them so that they count in the fit."
+            )
 
     def _floats_per_draw(self) -> int:
         architecture = self._model.architecture
         widest = max(architecture.hidden_layer_sizes, default=0)
-        return architecture.n_features + architecture.n_components + 2 * widest
+        return architecture.n_outputs + architecture.n_components + 2 * widest
 
     def _evaluate(
         self,
         X: np.ndarray,
         device: torch.device,
         floats_per_row: int,
-        function: Callable[[VAE, Tensor], tuple[Tensor, ...]],
+        function: Callable[[VAE, Tensor, Tensor | None], tuple[Tensor, ...]],
     ) -> list[np.ndarray]:
-        """Apply `function` to blocks of rows in fitted units; concatenate what it returns."""
+        """Apply `function` to blocks of rows in fitted units and masks; concatenate the results."""
         dtype = _torch_dtype(X)
         net = self._model.on(device, dtype)
         rows = Rows(X, self._model.affine, device)
         with torch.no_grad():
             parts = [
-                [value.cpu().numpy() for value in function(net, x.to(dtype))]
+                [value.cpu().numpy() for value in function(net, *split_missing(x.to(dtype)))]
                 for _, x, _ in rows.blocks(floats_per_row)
             ]
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
     def _encode(self, X: np.ndarray, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-        def evaluate(net: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
-            mean, log_var = net.posterior(x)
+        def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
+            mean, log_var = net.posterior(x, observed)
             return mean, (0.5 * log_var).exp()
 
         mean, std = self._evaluate(X, device, self._floats_per_draw(), evaluate)
@@ -822,14 +1020,15 @@ class VAETransformer(
     def _terms(self, X: np.ndarray, device: torch.device) -> ElboTerms[np.ndarray]:
         n_mc = _check_count(self.n_mc, "n_mc")  # may have been set since the fit
 
-        def evaluate(net: VAE, x: Tensor) -> tuple[Tensor, ...]:
-            return objective.elbo_terms(net, x, self._model.noise(n_mc, x), _DRAWS_PER_BLOCK)
+        def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor, ...]:
+            noise = self._model.noise(n_mc, x)
+            return objective.elbo_terms(net, x, observed, noise, _DRAWS_PER_BLOCK)
 
         floats_per_row = min(n_mc, _DRAWS_PER_BLOCK) * self._floats_per_draw()
         terms = ElboTerms(
             *(v.astype(np.float64) for v in self._evaluate(X, device, floats_per_row, evaluate))
         )
-        change_of_units = self._model.affine.log_abs_det
+        change_of_units = _log_scale(X, self._model.affine)
         return terms._replace(
             reconstruction=terms.reconstruction - change_of_units,
             energy=terms.energy - change_of_units,
@@ -841,6 +1040,7 @@ class VAETransformer(
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
@@ -860,19 +1060,10 @@ def _derive_seed(seed: int, n_epochs: int) -> int:
     return int(np.random.SeedSequence([seed, n_epochs]).generate_state(1)[0])
 
 
-def _fitted_units(X: np.ndarray, weight: np.ndarray, likelihood: str) -> Affine:
-    """Return the units of training: standardised, unless the values are binary."""
-    mean, std = weighted_moments(X, weight)
-    if likelihood == "bernoulli":
-        return Affine(np.zeros_like(mean), np.ones_like(std))
-    return Affine(mean, np.where(std > 0, std, 1.0))
-
-
-def _noise_floor(X: np.ndarray, affine: Affine) -> np.ndarray:
-    """Return lower limits of noise variances in fitted units; 1 for constant columns."""
-    high, low = X.max(axis=0).astype(np.float64), X.min(axis=0).astype(np.float64)
-    floor = ((high - low) / affine.scale / _RANGE_PER_NOISE_STD) ** 2
-    return np.where(high > low, floor, 1.0)
+def _log_scale(X: np.ndarray, affine: Affine) -> np.ndarray | float:
+    """Return ``sum_j log scale_j`` over the observed cells of each row."""
+    missing = np.isnan(X)
+    return ~missing @ np.log(affine.scale) if missing.any() else affine.log_abs_det
 
 
 def _resident(X: np.ndarray, affine: Affine, device: torch.device) -> Tensor:
@@ -888,46 +1079,16 @@ def _of_mean_one(weight: Tensor) -> Tensor:
     return weight / weight.sum() * len(weight)
 
 
-def _mean_bound(net: VAE, x: Tensor, weight: Tensor, rows: Tensor, noise: Tensor) -> Tensor:
+def _mean_bound(
+    net: VAE,
+    cells: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    weight: Tensor,
+    rows: Tensor,
+    noise: Tensor,
+) -> Tensor:
     """Return the weighted mean bound of some resident rows, in fitted units."""
     total = weight.new_zeros(())
-    for block in rows.split(block_rows(noise.shape[0] * x.shape[1], x.device)):
-        terms = objective.elbo_terms(net, x[block], noise, len(noise))
+    for block in rows.split(block_rows(noise.shape[0] * net.likelihood.n_features, rows.device)):
+        terms = objective.elbo_terms(net, *cells(block), noise, len(noise))
         total += weight[block] @ (terms.reconstruction - terms.kl)
     return total / weight[rows].sum()
-
-
-def _first_non_binary(X: np.ndarray) -> int | None:
-    """Return the first column with a value that is neither 0 nor 1, or None."""
-    binary = np.ones(X.shape[1], dtype=bool)
-    for start_row in range(0, X.shape[0], 1024):
-        block = X[start_row : start_row + 1024]
-        binary &= ((block == 0) | (block == 1)).all(axis=0)
-        if not binary.all():
-            return int(np.argmin(binary))
-    return None
-
-
-def _check_support(X: np.ndarray, likelihood: str) -> None:
-    if likelihood != "bernoulli":
-        return
-    column = _first_non_binary(X)
-    if column is not None:
-        raise ValueError(
-            f'Column {column} of X has values other than 0 and 1, which the "bernoulli" likelihood '
-            "cannot explain. Binarise it (for example with sklearn.preprocessing.Binarizer), or "
-            'fit with likelihood="gaussian".'
-        )
-
-
-def _check_reach(X: np.ndarray, affine: Affine, dtype: torch.dtype) -> None:
-    """Raise if a row is so far out that its squared distance leaves the range of `dtype`."""
-    with np.errstate(over="ignore"):
-        far = np.maximum(X.max(axis=0) - affine.shift, affine.shift - X.min(axis=0)) / affine.scale
-    column = int(np.argmax(far))
-    if not far[column] <= _REACH[dtype]:
-        raise ValueError(
-            f"Column {column} of X has values {far[column]:.3g} times its (weighted) standard "
-            f"deviation in training away from the mean: too far for {dtype}. Remove such rows, "
-            "or weight them so that they count in the fit."
-        )

@@ -22,7 +22,7 @@ def weighted_moments(X: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.
     Parameters
     ----------
     X : ndarray of shape (N, D)
-        Finite; any float dtype.
+        Finite or NaN; any float dtype. NaN are left out; each column has another value.
     weight : ndarray of shape (N,)
         Non-negative, with a positive finite sum.
 
@@ -38,20 +38,29 @@ def weighted_moments(X: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.
         return row_slices(X.shape[0], rows_per_block)
 
     low = np.min([X[rows].min(axis=0) for rows in blocks()], axis=0).astype(np.float64)
-    high = np.max([X[rows].max(axis=0) for rows in blocks()], axis=0).astype(np.float64)
+    some_missing = bool(np.isnan(low).any())
+    if some_missing:
+        low = np.fmin.reduce([np.fmin.reduce(X[rows]) for rows in blocks()]).astype(np.float64)
+    high = np.fmax.reduce([np.fmax.reduce(X[rows]) for rows in blocks()]).astype(np.float64)
     unit = power_of_two(0.5 * high - 0.5 * low)
     spread = high > low  # a constant column gets no spread from the rounding of its mean
 
     sample = np.linspace(0, X.shape[0] - 1, min(X.shape[0], _SAMPLE_ROWS), dtype=np.intp)
-    mean = low + unit * (((X[sample].astype(np.float64) - low) / unit).mean(axis=0))
+    mean = low + unit * np.nan_to_num((X[sample].astype(np.float64) - low) / unit).mean(axis=0)
     for _ in range(_MAX_REPEATS):
-        first, second = np.zeros(X.shape[1]), np.zeros(X.shape[1])
+        first, second, share = np.zeros(X.shape[1]), np.zeros(X.shape[1]), np.zeros(X.shape[1])
         for rows in blocks():
             deviation = X[rows] - mean
             deviation /= unit
+            if some_missing:
+                missing = np.isnan(deviation)
+                deviation[missing] = 0.0
+                share += weight[rows] @ ~missing
             first += weight[rows] @ deviation
             np.square(deviation, out=deviation)
             second += weight[rows] @ deviation
+        if some_missing:
+            first, second = first / share, second / share
         mean = np.where(spread, mean + unit * first, low)
         # first^2 / second is the share of the sum of squares that the shift explains: below a
         # half, taking it out costs less than a digit.
@@ -59,3 +68,22 @@ def weighted_moments(X: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.
             break
     std = unit * np.sqrt(np.maximum(second - np.square(first), 0.0))
     return mean, np.where(spread, std, 0.0)
+
+
+def weighted_quantiles(
+    x: np.ndarray, weight: np.ndarray, levels: tuple[float, ...]
+) -> tuple[float, ...]:
+    """Return the smallest values that have at least these shares of the weight at or below them.
+
+    Parameters
+    ----------
+    x, weight : ndarray of shape (N,)
+        Finite values; weights are positive.
+    levels : tuple of float
+        In (0, 1).
+    """
+    order = np.argsort(x)
+    cumulative = np.cumsum(weight[order] / weight.max())
+    # A little less, so that rounding in the sum does not move the median of four equal weights.
+    targets = np.array(levels) * cumulative[-1] * (1.0 - 1e-12)
+    return tuple(float(value) for value in x[order[np.searchsorted(cumulative, targets)]])

@@ -35,7 +35,14 @@ MIXTURES = [
     for law in ("dirichlet_process", "dirichlet_distribution")
 ]
 LINEARS = [BayesianLinearVI(prior=prior) for prior in ("ridge", "ard", "fixed", "horseshoe")]
-AUTOENCODERS = [VAETransformer(**SMALL_VAE), VAETransformer(random_state=0)]
+# The checks' data are real numbers, which not every likelihood can explain.
+AUTOENCODERS = [
+    VAETransformer(**SMALL_VAE),
+    VAETransformer(random_state=0),
+    VAETransformer(**SMALL_VAE, noise_std=0.5),
+    VAETransformer(**SMALL_VAE, likelihood="gaussian_heteroscedastic"),
+    VAETransformer(**SMALL_VAE, likelihood="student_t"),
+]
 ALL = [MIXTURES[0], LINEARS[0], AUTOENCODERS[0]]
 
 _WEIGHTS_AND_BATCHES = (

@@ -290,9 +290,9 @@ def steps(monkeypatch):
     steps = []
     training_loss = module.objective.training_loss
 
-    def record(net, x, weight, noise, *, beta, n_rows):
+    def record(net, x, observed, weight, noise, *, n_rows, **options):
         steps.append((weight, n_rows))
-        return training_loss(net, x, weight, noise, beta=beta, n_rows=n_rows)
+        return training_loss(net, x, observed, weight, noise, n_rows=n_rows, **options)
 
     monkeypatch.setattr(module.objective, "training_loss", record)
     return steps
@@ -450,6 +450,33 @@ def test_beta_presses_codes_to_the_prior(iris):
         vae.fit(iris)
     assert vae.elbo_terms(iris).kl.mean() < 0.05
     assert not vae.active_units_.any()
+
+
+def test_free_nats_keep_codes_in_use_that_beta_would_give_up(iris):
+    common = {"beta": 30.0, "max_iter": 200, "learning_rate_init": 0.01}
+    free = _fit(_short(free_bits=0.5, **common), iris)
+    terms = free.elbo_terms(iris)
+    assert terms.kl.mean() == pytest.approx(2 * 0.5, abs=0.25)
+    assert terms.kl.mean() > _fit(_short(**common), iris).elbo_terms(iris).kl.mean() + 0.2
+
+
+def test_the_weight_of_the_kl_rises_over_the_warm_up_of_all_calls(iris, monkeypatch):
+    betas = []
+    training_loss = module.objective.training_loss
+
+    def record(*args, beta, **options):
+        betas.append(beta)
+        return training_loss(*args, beta=beta, **options)
+
+    monkeypatch.setattr(module.objective, "training_loss", record)
+    vae = _short(kl_warmup=2, beta=3.0, batch_size=75, max_iter=3)
+    _fit(vae, iris)
+    np.testing.assert_allclose(betas, [0.6, 1.2, 1.8, 2.4, 3.0, 3.0])
+    betas.clear()
+    other = clone(vae)
+    for _ in range(3):
+        other.partial_fit(iris)
+    np.testing.assert_allclose(betas, [0.6, 1.2, 1.8, 2.4, 3.0, 3.0])
 
 
 def test_features_on_the_noise_floor_are_named(iris):
@@ -636,6 +663,8 @@ def test_wrong_parameters_are_errors_that_name_them(iris, params):
         {"hidden_layer_sizes": [6, 4]},
         {"hidden_layer_sizes": ()},
         {"beta": 0.0},
+        {"kl_warmup": 5},
+        {"free_bits": 3.0},
         {"batch_size": 7},
         {"learning_rate_init": 0.01},
         {"validation_fraction": 0.4},

@@ -11,6 +11,7 @@ from sklearn.decomposition import FactorAnalysis
 
 from skvi.distributions import normal
 from skvi.models.vae import objective
+from skvi.models.vae.likelihoods import Block
 from skvi.models.vae.networks import (
     Architecture,
     bounded_log_var,
@@ -29,12 +30,15 @@ CPU = torch.device("cpu")
 
 def _model(n_features, n_components, hidden=(), likelihood="gaussian", seed=0, scale=0.4):
     """A network with random weights, in float64."""
-    architecture = Architecture(n_features, n_components, hidden, "tanh", likelihood)
+    architecture = Architecture(
+        n_features, n_components, hidden, "tanh", (Block(likelihood, tuple(range(n_features))),)
+    )
     model = build(architecture, CPU, torch.float64)
     generator = make_generator(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, scale, generator=generator)
+        model.input_shift.zero_()
         model.input_scale.fill_(1.0)
         # Posteriors a little wider than the prior: importance weights then have finite variance.
         for layer in (model.encoder.linear, model.encoder.correction):
@@ -52,7 +56,7 @@ def _noise(n_draws, n_components, seed=0):
 
 
 def _bound(model, x, noise):
-    terms = objective.elbo_terms(model, x, noise, len(noise))
+    terms = objective.elbo_terms(model, x, None, noise, len(noise))
     return terms.reconstruction - terms.kl
 
 
@@ -89,7 +93,9 @@ def test_a_linear_decoder_with_its_exact_posterior_attains_the_marginal_likeliho
     exact = _exact_log_marginal(model, x)
     assert torch.allclose(_bound(model, x, _noise(1 << 14, 2)), exact, atol=2e-3)
     # every importance weight is p(x) itself, whatever the draw
-    assert torch.allclose(objective.log_predictive(model, x, _noise(3, 2), 2), exact, atol=1e-9)
+    assert torch.allclose(
+        objective.log_predictive(model, x, None, _noise(3, 2), 2), exact, atol=1e-9
+    )
 
 
 def test_any_encoder_stays_below_the_marginal_likelihood_and_importance_weights_close_the_gap(rng):
@@ -97,7 +103,7 @@ def test_any_encoder_stays_below_the_marginal_likelihood_and_importance_weights_
     x = _x(rng, 30, 5)
     exact = _exact_log_marginal(model, x)
     bound = _bound(model, x, _noise(4096, 2))
-    tighter = objective.log_predictive(model, x, _noise(1 << 16, 2), 4096)
+    tighter = objective.log_predictive(model, x, None, _noise(1 << 16, 2), 4096)
     assert (bound < exact).all()
     assert torch.allclose(tighter, exact, atol=0.02)
 
@@ -120,7 +126,7 @@ def test_the_gap_is_the_divergence_to_the_true_posterior_by_quadrature(likelihoo
     assert (kl_to_posterior > 0).all()
     assert torch.allclose(bound + kl_to_posterior, log_p, atol=1e-3)
     assert torch.allclose(
-        objective.log_predictive(model, x, _noise(1 << 15, 1), 1 << 12), log_p, atol=2e-3
+        objective.log_predictive(model, x, None, _noise(1 << 15, 1), 1 << 12), log_p, atol=2e-3
     )
 
 
@@ -134,7 +140,7 @@ def test_decoding_the_mean_only_is_caught_as_a_bound_that_is_too_high(rng):
 
 def test_both_readings_of_the_bound_agree(rng):
     model = _model(4, 3, hidden=(5,))
-    terms = objective.elbo_terms(model, _x(rng, 20, 4), _noise(8, 3), 8)
+    terms = objective.elbo_terms(model, _x(rng, 20, 4), None, _noise(8, 3), 8)
     assert torch.allclose(
         terms.energy + terms.entropy, terms.reconstruction - terms.kl, rtol=1e-12, atol=1e-12
     )
@@ -157,7 +163,7 @@ def test_the_terms_are_the_expectations_of_torchs_densities(rng):
         "entropy": -q.log_prob(z).sum(-1),
         "kl": (q.log_prob(z) - prior.log_prob(z)).sum(-1),
     }
-    terms = objective.elbo_terms(model, x, _noise(1 << 15, 2), 1 << 12)
+    terms = objective.elbo_terms(model, x, None, _noise(1 << 15, 2), 1 << 12)
     for name, values in draws.items():
         error = values.std(0) / math.sqrt(n_draws)
         assert ((values.mean(0) - getattr(terms, name)).abs() < Z_LIMIT * error + 1e-3).all()
@@ -181,7 +187,7 @@ def test_the_importance_weighted_bound_rises_with_the_number_of_draws(rng):
         draws = []
         for _ in range(40):
             noise = torch.empty(k, 2, dtype=torch.float64).normal_(generator=generator)
-            draws.append(objective.log_predictive(model, x, noise, 64).mean())
+            draws.append(objective.log_predictive(model, x, None, noise, 64).mean())
         draws = torch.stack(draws)
         return float(draws.mean()), float(draws.std() / math.sqrt(len(draws)))
 
@@ -193,11 +199,11 @@ def test_the_importance_weighted_bound_rises_with_the_number_of_draws(rng):
 def test_blocks_of_draws_do_not_change_either_bound(rng):
     model = _model(4, 2, hidden=(5,))
     x, noise = _x(rng, 7, 4), _noise(50, 2)
-    whole = objective.log_predictive(model, x, noise, 50)
-    assert torch.allclose(objective.log_predictive(model, x, noise, 7), whole, rtol=1e-13)
+    whole = objective.log_predictive(model, x, None, noise, 50)
+    assert torch.allclose(objective.log_predictive(model, x, None, noise, 7), whole, rtol=1e-13)
     decoded = []
     model.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(len(inputs[0])))
-    terms = objective.elbo_terms(model, x, noise, 7)
+    terms = objective.elbo_terms(model, x, None, noise, 7)
     assert decoded == [7] * 7 + [1]
     assert torch.allclose(terms.reconstruction - terms.kl, _bound(model, x, noise), rtol=1e-13)
 
@@ -205,7 +211,7 @@ def test_blocks_of_draws_do_not_change_either_bound(rng):
 def test_the_gaussian_predictive_density_integrates_to_one():
     model = _model(1, 1, hidden=(4,), scale=0.8)
     grid = torch.linspace(-30.0, 30.0, 6001, dtype=torch.float64)[:, None]
-    density = objective.log_predictive(model, grid, _noise(4096, 1), 256).exp()
+    density = objective.log_predictive(model, grid, None, _noise(4096, 1), 256).exp()
     # a biased-low estimate of every point; 4096 draws leave less than 1%
     assert float(density.sum() * (grid[1] - grid[0])) == pytest.approx(1.0, abs=0.01)
 
@@ -213,7 +219,7 @@ def test_the_gaussian_predictive_density_integrates_to_one():
 def test_the_bernoulli_predictive_sums_to_one():
     model = _model(4, 1, hidden=(4,), likelihood="bernoulli", scale=0.8)
     x = torch.tensor(list(itertools.product([0.0, 1.0], repeat=4)), dtype=torch.float64)
-    total = objective.log_predictive(model, x, _noise(4096, 1), 512).exp().sum()
+    total = objective.log_predictive(model, x, None, _noise(4096, 1), 512).exp().sum()
     assert float(total) == pytest.approx(1.0, abs=0.005)
 
 
@@ -248,10 +254,11 @@ def test_weights_count_as_repeated_rows_in_the_loss(rng):
     counts = torch.tensor([1, 3, 2, 4])
     weight = counts.double()
     options = {"beta": 0.7, "n_rows": 10}
-    weighted = objective.training_loss(model, x, weight / weight.mean(), noise, **options)
+    weighted = objective.training_loss(model, x, None, weight / weight.mean(), noise, **options)
     repeated = objective.training_loss(
         model,
         x.repeat_interleave(counts, 0),
+        None,
         torch.ones(10, dtype=torch.float64),
         noise.repeat_interleave(counts, 0),
         **options,
@@ -260,11 +267,24 @@ def test_weights_count_as_repeated_rows_in_the_loss(rng):
         assert torch.allclose(a, b, rtol=1e-12)
 
 
+def test_free_nats_cost_nothing_and_leave_the_bound_alone(rng):
+    model = _model(3, 2, hidden=(4,))
+    x, eps, weight = _x(rng, 6, 3), _x(rng, 6, 2), torch.ones(6, dtype=torch.float64)
+    kl = normal.kl_standard(*model.posterior(x)).mean(0)
+    free = float(kl.mean())  # between the two codes
+    plain, freed = (
+        objective.training_loss(model, x, None, weight, eps, beta=2.0, free_bits=f, n_rows=9)
+        for f in (0.0, free)
+    )
+    assert float(freed[0] - plain[0]) == pytest.approx(2.0 * float(free - kl.min()), rel=1e-9)
+    assert float(freed[1]) == float(plain[1])
+
+
 def test_the_loss_is_the_negative_bound_plus_the_prior_of_the_curvature(rng):
     model = _model(3, 2, hidden=(4,))
     x, eps = _x(rng, 6, 3), _x(rng, 6, 2)
     loss, bound = objective.training_loss(
-        model, x, torch.ones(6, dtype=torch.float64), eps, beta=1.0, n_rows=50
+        model, x, None, torch.ones(6, dtype=torch.float64), eps, beta=1.0, n_rows=50
     )
     rows = torch.cat([_bound(model, x[i : i + 1], eps[i : i + 1]) for i in range(6)])
     assert torch.allclose(bound, rows.mean(), rtol=1e-12)
@@ -297,7 +317,8 @@ def test_the_start_is_scikit_learns_factor_analysis(rng):
     latent = rng.normal(size=(400, 2)) @ rng.normal(size=(2, 6))
     X = latent + rng.normal(size=(400, 6)) * rng.uniform(0.3, 1.0, size=6)
     X = X - X.mean(0)
-    start = factor_analysis(torch.from_numpy(X) / math.sqrt(400), 2, make_generator(0))
+    least = torch.full((6,), 1e-4, dtype=torch.float64)
+    start = factor_analysis(torch.from_numpy(X) / math.sqrt(400), 2, least, make_generator(0))
     cov = (start.loadings @ start.loadings.T + torch.diag(start.noise)).numpy()
     ours = stats.multivariate_normal(np.zeros(6), cov).logpdf(X).mean()
     theirs = FactorAnalysis(2, tol=1e-8, max_iter=5000, svd_method="lapack").fit(X).score(X)
@@ -311,19 +332,17 @@ def test_the_start_is_scikit_learns_factor_analysis(rng):
 
 @pytest.mark.parametrize(("n_rows", "n_features", "n_components"), [(3, 8, 2), (50, 2, 5)])
 def test_the_start_survives_few_rows_and_many_components(n_rows, n_features, n_components, rng):
-    model = build(
-        Architecture(n_features, n_components, (4,), "relu", "gaussian"), CPU, torch.float32
-    )
+    blocks = (Block("gaussian", tuple(range(n_features))),)
+    model = build(Architecture(n_features, n_components, (4,), "relu", blocks), CPU, torch.float32)
     x = _x(rng, n_rows, n_features).float()
     floor = torch.full((n_features,), 1e-4, dtype=torch.float64)
-    initialise(model, x, torch.ones(n_rows).double(), floor, make_generator(0))
+    initialise(model, x, None, torch.ones(n_rows).double(), floor, make_generator(0))
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_weights_survive_the_way_to_numpy_and_back(rng):
     model = _model(3, 2, hidden=(4, 5))
-    again = restore(
-        Architecture(3, 2, (4, 5), "tanh", "gaussian"), export(model), CPU, torch.float64
-    )
+    architecture = Architecture(3, 2, (4, 5), "tanh", (Block("gaussian", (0, 1, 2)),))
+    again = restore(architecture, export(model), CPU, torch.float64)
     x = _x(rng, 4, 3)
     assert torch.equal(_bound(model, x, _noise(4, 2)), _bound(again, x, _noise(4, 2)))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skvi.models.vae.likelihoods import LIKELIHOODS
+from skvi.models.vae.likelihoods import Block, Mixed, build_likelihood
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "logistic": torch.sigmoid,
@@ -37,15 +37,20 @@ class Architecture(NamedTuple):
         From the data to the code; the decoder mirrors them. Empty: both sides are linear.
     activation : str
         A key of `ACTIVATIONS`.
-    likelihood : str
-        A key of :data:`skvi.models.vae.likelihoods.LIKELIHOODS`.
+    blocks : tuple of Block
+        Which likelihood explains which columns.
     """
 
     n_features: int
     n_components: int
     hidden_layer_sizes: tuple[int, ...]
     activation: str
-    likelihood: str
+    blocks: tuple[Block, ...]
+
+    @property
+    def n_outputs(self) -> int:
+        """Width of the decoder's output."""
+        return sum(block.n_outputs for block in self.blocks)
 
 
 def bounded_log_var(raw: Tensor) -> Tensor:
@@ -100,28 +105,47 @@ class ResidualMLP(nn.Module):
 class VAE(nn.Module):
     """Encoder, decoder and likelihood, in fitted units.
 
-    The encoder reads ``x * input_scale``, so that a feature with a few values hundreds of standard
-    deviations out cannot flood it; the likelihood reads x.
+    The encoder reads ``(features(x) - input_shift) * input_scale``: centred, and so that a feature
+    with a few values hundreds of standard deviations out cannot flood it; the likelihood reads x.
 
     Parameters
     ----------
     architecture : Architecture
     """
 
+    input_shift: Tensor
     input_scale: Tensor
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        n_features, n_components, hidden, activation, likelihood = architecture
-        self.encoder = ResidualMLP(n_features, hidden, 2 * n_components, activation)
-        self.decoder = ResidualMLP(n_components, hidden[::-1], n_features, activation)
-        self.likelihood = LIKELIHOODS[likelihood](n_features)
-        self.register_buffer("input_scale", torch.empty(n_features))  # (D,)
+        _, n_components, hidden, activation, blocks = architecture
+        self.likelihood = build_likelihood(blocks)
+        n_inputs, n_outputs = self.likelihood.n_inputs, self.likelihood.n_outputs
+        self.encoder = ResidualMLP(n_inputs, hidden, 2 * n_components, activation)
+        self.decoder = ResidualMLP(n_components, hidden[::-1], n_outputs, activation)
+        self.register_buffer("input_shift", torch.empty(n_inputs))
+        self.register_buffer("input_scale", torch.empty(n_inputs))
 
-    def posterior(self, x: Tensor) -> Posterior:
-        """Return q(z|x) of rows x, shape (N, D)."""
-        mean, raw = self.encoder(x * self.input_scale).chunk(2, dim=-1)  # (N, k) each
-        return Posterior(mean, bounded_log_var(raw))
+    def inputs(self, x: Tensor) -> Tensor:
+        """Return what the encoder reads of rows x, shape (N, D) -> (N, n_inputs)."""
+        return (self.likelihood.features(x) - self.input_shift) * self.input_scale
+
+    def posterior(self, x: Tensor, observed: Tensor | None = None) -> Posterior:
+        """Return q(z|x) of rows x, shape (N, D), of which the `observed` cells are known.
+
+        Features of other cells are put at their mean, zero; a row without any known cell has the
+        prior, the exact posterior given nothing.
+        Source: Mattei & Frellsen (2019), MIWAE, arXiv:1812.02633, section 3.
+        """
+        inputs = self.inputs(x)
+        if observed is not None:
+            inputs = inputs * self.likelihood.per_feature(observed)
+        mean, raw = self.encoder(inputs).chunk(2, dim=-1)  # (N, k) each
+        log_var = bounded_log_var(raw)
+        if observed is not None:
+            known = observed.any(-1, keepdim=True)
+            mean, log_var = mean * known, log_var * known
+        return Posterior(mean, log_var)
 
     def curvature_weights(self) -> list[Tensor]:
         """Return the weights that make the networks non-linear; biases and linear maps are free."""
@@ -137,7 +161,10 @@ def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) 
     """Return a network whose values are still undefined; no random generator is touched."""
     with torch.device("meta"):
         model = VAE(architecture)
-    return model.to_empty(device=device).to(dtype)
+    model = model.to_empty(device=device).to(dtype)
+    if isinstance(model.likelihood, Mixed):
+        model.likelihood.arrange()
+    return model
 
 
 def restore(

@@ -38,7 +38,15 @@ def shared_noise(n_draws: int, n_components: int, seed: int) -> Tensor:
     return torch.cat([half, -half])[:n_draws]
 
 
-def elbo_terms(model: VAE, x: Tensor, noise: Tensor, draws_per_block: int) -> ElboTerms[Tensor]:
+def split_missing(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return x with zeros for NaN, and a mask of the other cells, or None if there is no NaN."""
+    missing = x.isnan()
+    return (x.masked_fill(missing, 0.0), ~missing) if missing.any() else (x, None)
+
+
+def elbo_terms(
+    model: VAE, x: Tensor, observed: Tensor | None, noise: Tensor, draws_per_block: int
+) -> ElboTerms[Tensor]:
     r"""Return the terms of the bound, per row.
 
     .. math::
@@ -52,7 +60,9 @@ def elbo_terms(model: VAE, x: Tensor, noise: Tensor, draws_per_block: int) -> El
     ----------
     model : VAE
     x : Tensor of shape (B, D)
-        In fitted units.
+        In fitted units. What cells that are not `observed` hold must be in the support.
+    observed : Tensor of bool, shape (B, D), or None
+        The cells that count; None: all.
     noise : Tensor of shape (S, k)
         Shared by the rows.
     draws_per_block : int
@@ -63,12 +73,13 @@ def elbo_terms(model: VAE, x: Tensor, noise: Tensor, draws_per_block: int) -> El
     ElboTerms of Tensors of shape (B,)
         Nats, densities in fitted units.
     """
-    mean, log_var = model.posterior(x)  # (B, k)
+    mean, log_var = model.posterior(x, observed)  # (B, k)
     std = (0.5 * log_var).exp()
     total = x.new_zeros(x.shape[0])
     for draws in row_slices(noise.shape[0], draws_per_block):
         z = mean + std * noise[draws, None, :]  # (S, B, k)
-        total += model.likelihood.log_prob(x, model.decoder(z)).sum(0)
+        log_prob = model.likelihood.log_prob_observed(x, model.decoder(z), observed)
+        total += log_prob.sum(0)
     reconstruction = total / noise.shape[0]  # (B,)
     kl = normal.kl_standard(mean, log_var).sum(-1)
     # E_q log p(z) = -1/2 sum_k (log 2 pi + mu^2 + sigma^2)
@@ -77,46 +88,63 @@ def elbo_terms(model: VAE, x: Tensor, noise: Tensor, draws_per_block: int) -> El
 
 
 def training_loss(
-    model: VAE, x: Tensor, weight: Tensor, noise: Tensor, *, beta: float, n_rows: int
+    model: VAE,
+    x: Tensor,
+    observed: Tensor | None,
+    weight: Tensor,
+    noise: Tensor,
+    *,
+    beta: float,
+    free_bits: float = 0.0,
+    n_rows: int,
 ) -> tuple[Tensor, Tensor]:
     r"""Return the loss of a minibatch and its estimate of the bound, both per unit of weight.
 
     .. math::
-        \text{loss} = \tfrac1B \sum_n w_n (\beta\, \mathrm{KL}_n - \text{reconstruction}_n)
+        \text{loss} = \beta \sum_k \max(\lambda, \tfrac1B \sum_n w_n \mathrm{KL}_{nk})
+            - \tfrac1B \sum_n w_n \text{reconstruction}_n
             + \tfrac{\tau}{2N} \|\text{curvature weights}\|^2
 
-    The second term is a normal prior of precision :math:`\tau` on the weights that bend the
+    The last term is a normal prior of precision :math:`\tau` on the weights that bend the
     networks: it matters for a hundred rows and vanishes for many.
 
     Parameters
     ----------
     model : VAE
     x : Tensor of shape (B, D)
+        In fitted units. What cells that are not `observed` hold must be in the support.
+    observed : Tensor of bool, shape (B, D), or None
+        The cells that count; None: all.
     weight : Tensor of shape (B,)
         Of mean one over the training rows.
     noise : Tensor of shape (B, k)
         One draw per row.
     beta : float
         Weight of the KL (Higgins et al. 2017); 1 is the bound.
+    free_bits : float
+        lambda, nats per code that cost nothing (Kingma et al. 2016, arXiv:1606.04934, C.8).
     n_rows : int
         N, the number of training rows, without those held out.
 
     Returns
     -------
     loss, bound : Tensor of shape ()
-        `bound` has ``beta = 1``, no prior on weights, and no gradient.
+        `bound` has ``beta = 1``, no free nats, no prior on weights, and no gradient.
     """
-    mean, log_var = model.posterior(x)  # (B, k)
+    mean, log_var = model.posterior(x, observed)  # (B, k)
     z = torch.addcmul(mean, (0.5 * log_var).exp(), noise)
-    reconstruction = (weight * model.likelihood.log_prob(x, model.decoder(z))).mean()
-    kl = (weight * normal.kl_standard(mean, log_var).sum(-1)).mean()
-    loss = beta * kl - reconstruction
+    log_prob = model.likelihood.log_prob_observed(x, model.decoder(z), observed)
+    reconstruction = (weight * log_prob).mean()
+    kl = weight @ normal.kl_standard(mean, log_var) / len(x)  # (k,)
+    loss = beta * kl.clamp_min(free_bits).sum() - reconstruction
     for matrix in model.curvature_weights():
         loss = loss + (0.5 * WEIGHT_PRECISION / n_rows) * matrix.square().sum()
-    return loss, (reconstruction - kl).detach()
+    return loss, (reconstruction - kl.sum()).detach()
 
 
-def log_predictive(model: VAE, x: Tensor, noise: Tensor, draws_per_block: int) -> Tensor:
+def log_predictive(
+    model: VAE, x: Tensor, observed: Tensor | None, noise: Tensor, draws_per_block: int
+) -> Tensor:
     r"""Return the importance-weighted estimate of ``log p(x_n)``, per row.
 
     .. math::
@@ -130,7 +158,9 @@ def log_predictive(model: VAE, x: Tensor, noise: Tensor, draws_per_block: int) -
     ----------
     model : VAE
     x : Tensor of shape (B, D)
-        In fitted units.
+        In fitted units. What cells that are not `observed` hold must be in the support.
+    observed : Tensor of bool, shape (B, D), or None
+        The cells that count; None: all.
     noise : Tensor of shape (K, k)
         Shared by all rows.
     draws_per_block : int
@@ -140,14 +170,65 @@ def log_predictive(model: VAE, x: Tensor, noise: Tensor, draws_per_block: int) -
     -------
     Tensor of shape (B,)
     """
-    mean, log_var = model.posterior(x)  # (B, k)
-    std = (0.5 * log_var).exp()
+    mean, log_var = model.posterior(x, observed)  # (B, k)
     log_sum = x.new_full((x.shape[0],), -math.inf)
     for draws in row_slices(noise.shape[0], draws_per_block):
-        eps = noise[draws, None, :]  # (S, 1, k)
-        z = mean + std * eps  # (S, B, k)
-        # log p(z) - log q(z|x): the factors 2 pi cancel.
-        log_ratio = 0.5 * (log_var + eps.square() - z.square()).sum(-1)  # (S, B)
-        log_weight = model.likelihood.log_prob(x, model.decoder(z)) + log_ratio
+        log_weight, _ = _weighted_draws(model, x, observed, (mean, log_var), noise[draws])
         log_sum = torch.logaddexp(log_sum, log_weight.logsumexp(0))
     return log_sum - math.log(noise.shape[0])
+
+
+def _weighted_draws(
+    model: VAE, x: Tensor, observed: Tensor | None, q: tuple[Tensor, Tensor], noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return log importance weights ``p(x, z) / q(z|x)``, (S, B), and the decoded draws."""
+    mean, log_var = q
+    eps = noise[:, None, :]  # (S, 1, k)
+    z = mean + (0.5 * log_var).exp() * eps  # (S, B, k)
+    # log p(z) - log q(z|x): the factors 2 pi cancel.
+    log_ratio = 0.5 * (log_var + eps.square() - z.square()).sum(-1)  # (S, B)
+    output = model.decoder(z)
+    return model.likelihood.log_prob_observed(x, output, observed) + log_ratio, output
+
+
+def predictive_moments(
+    model: VAE, x: Tensor, observed: Tensor | None, noise: Tensor, draws_per_block: int
+) -> tuple[Tensor, Tensor]:
+    r"""Return mean and variance of every cell given the observed ones of its row.
+
+    .. math::
+        E[x_j | x_o] \approx \sum_s \bar w_s E[x_j | z_s], \qquad
+        \bar w_s \propto \frac{p(x_o|z_s)\,p(z_s)}{q(z_s|x_o)}, \qquad z_s \sim q(z|x_o)
+
+    Self-normalised importance sampling: Mattei & Frellsen (2019), MIWAE, equation 12. Codes have
+    their most probable value and the variance of its indicator.
+
+    Parameters
+    ----------
+    model : VAE
+    x, observed : Tensor of shape (B, D)
+        As in :func:`elbo_terms`.
+    noise : Tensor of shape (S, k)
+        Shared by the rows.
+    draws_per_block : int
+
+    Returns
+    -------
+    mean, var : Tensor of shape (B, D)
+    """
+    q = model.posterior(x, observed)
+    peak = x.new_full((x.shape[0],), -math.inf)  # the largest log weight so far
+    total = x.new_zeros(x.shape[0])
+    sums = x.new_zeros(x.shape[0], model.likelihood.n_statistics)
+    for draws in row_slices(noise.shape[0], draws_per_block):
+        log_weight, output = _weighted_draws(model, x, observed, q, noise[draws])
+        higher = torch.maximum(peak, log_weight.amax(0))
+        shrink = (peak - higher).exp()
+        weight = (log_weight - higher).exp()  # (S, B)
+        total = total * shrink + weight.sum(0)
+        weighted = weight[..., None] * model.likelihood.statistics(output)
+        # Draws without weight say nothing, even where the variance is infinite.
+        weighted = torch.where(weight[..., None] > 0, weighted, 0.0)
+        sums = torch.where(shrink[:, None] > 0, sums * shrink[:, None], 0.0) + weighted.sum(0)
+        peak = higher
+    return model.likelihood.summarise(sums / total[:, None])

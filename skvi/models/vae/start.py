@@ -6,18 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from skvi.models.vae.likelihoods import Gaussian
+from skvi.models.vae.likelihoods import Marginals
 from skvi.models.vae.networks import VAE, ResidualMLP, unbounded_log_var
 
 # Enough for a linear start; more rows cost time and add nothing that training would not find.
 _MAX_ROWS = 4096
 _EM_ITERATIONS = 200
-# Of each column's variance: keeps EM from explaining a column completely.
-_EM_NOISE_FLOOR = 1e-4
+# Below this a variance is nothing.
+_SMALLEST_VARIANCE = 1e-4
 # The encoder's inputs are scaled down to this magnitude where the training rows exceed it.
 _LARGEST_INPUT = 10.0
-# Binary columns that are almost constant start at logits of +-9, not at infinite ones.
-_SMALLEST_P = 1e-4
 
 
 class LinearStart(NamedTuple):
@@ -40,7 +38,9 @@ class LinearStart(NamedTuple):
     log_var: Tensor
 
 
-def factor_analysis(x: Tensor, n_components: int, generator: torch.Generator) -> LinearStart:
+def factor_analysis(
+    x: Tensor, n_components: int, least_noise: Tensor, generator: torch.Generator
+) -> LinearStart:
     r"""Fit ``x ~ N(0, W W' + diag(psi))`` by EM (Rubin & Thayer 1982).
 
     .. math::
@@ -53,6 +53,8 @@ def factor_analysis(x: Tensor, n_components: int, generator: torch.Generator) ->
     x : Tensor of shape (N, D)
         Centred rows times the root of their share of the weight; float64.
     n_components : int
+    least_noise : Tensor of shape (D,)
+        Of each column's variance: keeps EM from explaining a column completely.
     generator : torch.Generator
         For the first loadings.
 
@@ -65,12 +67,12 @@ def factor_analysis(x: Tensor, n_components: int, generator: torch.Generator) ->
         # The triangular factor has the same cross products in D rows.
         x = torch.linalg.qr(x, mode="r").R  # (min(N, D), D)
     variance = x.square().sum(0)  # (D,)
-    floor = _EM_NOISE_FLOOR * variance.clamp_min(_EM_NOISE_FLOOR)
+    floor = least_noise * variance.clamp_min(_SMALLEST_VARIANCE)
     eye = torch.eye(n_components, dtype=x.dtype, device=x.device)
 
     loadings = torch.empty(n_features, n_components, dtype=x.dtype, device=x.device)
     loadings.normal_(generator=generator).mul_(0.1)
-    noise = variance.clamp_min(_EM_NOISE_FLOOR)
+    noise = variance.clamp_min(_SMALLEST_VARIANCE)
     for _ in range(_EM_ITERATIONS):
         scaled = loadings.T / noise  # (k, D)
         encoder = torch.linalg.solve(eye + scaled @ loadings, scaled)  # (k, D)
@@ -89,7 +91,12 @@ def factor_analysis(x: Tensor, n_components: int, generator: torch.Generator) ->
 
 
 def initialise(
-    model: VAE, x: Tensor, weight: Tensor, noise_floor: Tensor, generator: torch.Generator
+    model: VAE,
+    x: Tensor,
+    observed: Tensor | None,
+    weight: Tensor,
+    noise_floor: Tensor,
+    generator: torch.Generator,
 ) -> None:
     """Fill `model` in place: linear parts from factor analysis, corrections at zero.
 
@@ -100,61 +107,69 @@ def initialise(
     x : Tensor of shape (N, D)
         Training rows in fitted units. Factor analysis uses the first few thousand: they must come
         in no particular order.
+    observed : Tensor of bool, shape (N, D), or None
+        The cells that count; None: all.
     weight : Tensor of shape (N,)
         Positive, float64: a float32 may be zero in all rows that factor analysis uses.
     noise_floor : Tensor of shape (D,)
-        Lower limits of a Gaussian's variances, in fitted units.
+        Lower limits of noise variances, in fitted units; the variance itself where it is fixed.
     generator : torch.Generator
     """
-    largest = x.abs().amax(0)  # (D,)
-    x, weight = x[:_MAX_ROWS].double(), weight[:_MAX_ROWS]
+    likelihood = model.likelihood
+    first, weight = x[:_MAX_ROWS].double(), weight[:_MAX_ROWS]
     weight = weight / weight.max()
     weight = weight / weight.sum()
-    mean = weight @ x  # (D,)
+    features = likelihood.features(first)  # (n, n_inputs)
+    cells = torch.ones_like(first) if observed is None else observed[:_MAX_ROWS].double()
+    seen = likelihood.per_feature(cells)
+    mean, var, _ = _observed_moments(first, cells, weight)
+    shift, _, share = _observed_moments(features, seen, weight)
+    # Cells at their mean add no variance: the others stand in for them.
+    centred = (features - shift) * seen / share.sqrt()
     start = factor_analysis(
-        (x - mean) * weight.sqrt()[:, None], model.decoder.linear.in_features, generator
+        centred * weight.sqrt()[:, None],
+        model.decoder.linear.in_features,
+        likelihood.least_noise(noise_floor),
+        generator,
     )
+    known = Marginals(mean, var, shift, start.loadings, start.noise, noise_floor)
     with torch.no_grad():
-        model.input_scale.copy_((_LARGEST_INPUT / largest).clamp_max(1.0))
-        _fill_encoder(model, start, mean)
-        _fill_decoder(model, start, mean, noise_floor)
-        for network, centre in ((model.encoder, mean * model.input_scale), (model.decoder, None)):
-            _fill_correction(network, centre, generator)
+        model.input_shift.copy_(shift)
+        deviation = (likelihood.features(x) - model.input_shift).abs()  # (N, n_inputs)
+        if observed is not None:
+            deviation *= likelihood.per_feature(observed)
+        model.input_scale.copy_((_LARGEST_INPUT / deviation.amax(0)).clamp_max(1.0))
+        _fill_encoder(model, start)
+        bias, loadings = likelihood.start(known)
+        model.decoder.linear.bias.copy_(bias)
+        model.decoder.linear.weight.copy_(loadings)
+        for network in (model.encoder, model.decoder):
+            _fill_correction(network, generator)
 
 
-def _fill_encoder(model: VAE, start: LinearStart, mean: Tensor) -> None:
+def _observed_moments(
+    values: Tensor, observed: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, variance and observed share of columns; 0, 0 and 1 where nothing is seen."""
+    share = weight @ observed
+    share = torch.where(share > 0, share, 1.0)
+    mean = weight @ (values * observed) / share
+    return mean, weight @ ((values - mean).square() * observed) / share, share
+
+
+def _fill_encoder(model: VAE, start: LinearStart) -> None:
     linear = model.encoder.linear
     n_components = start.encoder.shape[0]
     linear.weight.zero_()
     linear.weight[:n_components] = start.encoder / model.input_scale
-    linear.bias[:n_components] = -start.encoder @ mean
+    linear.bias[:n_components] = 0.0
     linear.bias[n_components:] = unbounded_log_var(start.log_var)
 
 
-def _fill_decoder(model: VAE, start: LinearStart, mean: Tensor, noise_floor: Tensor) -> None:
-    linear = model.decoder.linear
-    if isinstance(model.likelihood, Gaussian):
-        # All rows together have unit variance: what the first ones do not show is noise.
-        noise = 1.0 - start.loadings.square().sum(-1)
-        model.likelihood.set_noise(torch.maximum(noise, start.noise), noise_floor)
-        linear.bias.copy_(mean)
-        linear.weight.copy_(start.loadings)
-    else:
-        # First order around the mean: P(x = 1) = p + p (1 - p) f.
-        p = mean.clamp(_SMALLEST_P, 1.0 - _SMALLEST_P)
-        linear.bias.copy_(torch.logit(p))
-        linear.weight.copy_(start.loadings / (p * (1.0 - p)).clamp_min(0.05)[:, None])
-
-
-def _fill_correction(
-    network: ResidualMLP, centre: Tensor | None, generator: torch.Generator
-) -> None:
-    """He initialisation, with the hidden activations centred, and an output of zero."""
+def _fill_correction(network: ResidualMLP, generator: torch.Generator) -> None:
+    """He initialisation and an output of zero; inputs are centred."""
     for layer in network.hidden_layers():
         layer.weight.normal_(0.0, math.sqrt(2.0 / layer.in_features), generator=generator)
         layer.bias.zero_()
-        if centre is not None:
-            layer.bias.copy_(-(layer.weight.double() @ centre))
-            centre = None
     if network.correction is not None:
         network.correction.weight.zero_()

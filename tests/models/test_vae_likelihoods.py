@@ -1,0 +1,236 @@
+"""Every likelihood of the VAE: normalised, equal to scipy's, differentiable, and its own draws."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from skvi.models.vae.likelihoods import LIKELIHOODS, Block, build_likelihood
+from skvi.models.vae.networks import Architecture, build
+from skvi.models.vae.start import initialise
+from skvi.runtime.random import make_generator
+
+Z_LIMIT = 5.0
+CPU = torch.device("cpu")
+REAL = ["gaussian", "gaussian_heteroscedastic", "student_t"]
+COUNT = ["poisson", "negative_binomial"]
+LEVELS = (3, 2)
+MIXED = (
+    Block("student_t", (4,)),
+    Block("categorical", (0, 3), LEVELS),
+    Block("gaussian", (2,), (), (0.5,)),
+    Block("negative_binomial", (1,)),
+)
+
+
+def _t(values):
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
+def _block(name, n_features=2):
+    return Block(name, tuple(range(n_features)), LEVELS if name == "categorical" else ())
+
+
+def _rows(name, rng, n):
+    """Rows of two columns in the support."""
+    if name in REAL:
+        return _t(rng.normal(size=(n, 2)))
+    if name in COUNT:
+        return _t(rng.poisson([2.0, 30.0], size=(n, 2)))
+    if name == "continuous_bernoulli":
+        return _t(rng.uniform(size=(n, 2)))
+    return _t(np.c_[rng.integers(0, 2 if name == "bernoulli" else 3, n), rng.integers(0, 2, n)])
+
+
+def _started(blocks, x, n_components=2, hidden=(4,), dtype=torch.float64):
+    """A network at its start on rows x."""
+    n_features = x.shape[1]
+    model = build(Architecture(n_features, n_components, hidden, "tanh", blocks), CPU, dtype)
+    floor = torch.full((n_features,), 1e-3, dtype=torch.float64)
+    initialise(model, x.to(dtype), None, torch.ones(len(x)).double(), floor, make_generator(0))
+    return model
+
+
+@pytest.fixture(params=sorted(LIKELIHOODS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def likelihood(name, rng):
+    return _started((_block(name),), _rows(name, rng, 60)).likelihood.requires_grad_(False)
+
+
+@pytest.fixture
+def output(likelihood, rng):
+    return _t(rng.normal(size=(1, likelihood.n_outputs)))
+
+
+def _grid(name, likelihood, output):
+    """Values of one column and their weights in an integral or a sum."""
+    if name in REAL:
+        # x = m + s sinh(t): the trapezium rule then converges fast for heavy tails as well
+        t = torch.linspace(-40.0, 40.0, 40_001, dtype=torch.float64)
+        return output[0, 0] + 0.3 * torch.sinh(t), 0.3 * torch.cosh(t) * (t[1] - t[0])
+    if name == "continuous_bernoulli":
+        x = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+        return x, torch.full_like(x, 1 / 20_000)
+    n = {"bernoulli": 2, "categorical": 3}.get(name, 2000)
+    return torch.arange(n).double(), torch.ones(n).double()
+
+
+def test_each_column_has_mass_one_and_the_moments_that_are_reported(name, likelihood, output):
+    x, weight = _grid(name, likelihood, output)
+    columns = torch.stack([x, torch.zeros_like(x)], -1)
+    density = likelihood.cells(columns, output)[:, 0].exp() * weight
+    assert float(density.sum()) == pytest.approx(1.0, abs=1e-6)
+    if name == "categorical":
+        assert float(likelihood.mean(output)[0, 0]) == float(density.argmax())
+        return
+    mean = density @ x
+    assert float(likelihood.mean(output)[0, 0]) == pytest.approx(float(mean), abs=1e-5)
+    variance = float(density @ (x - mean).square())
+    assert float(likelihood.variance(output)[0, 0]) == pytest.approx(variance, rel=1e-3)
+
+
+def test_densities_are_scipys(name, likelihood, output, rng):
+    x = _rows(name, rng, 40)
+    out = output.numpy()
+    learned = {key: value.numpy() for key, value in likelihood.learned().items()}
+    if name == "continuous_bernoulli":
+        expected = torch.distributions.ContinuousBernoulli(logits=output).log_prob(x).numpy()
+    elif name == "categorical":
+        shares = [np.exp(v) / np.exp(v).sum() for v in (out[0, :3], out[0, 3:])]
+        expected = np.log([[p[int(code)] for p, code in zip(shares, row)] for row in x])  # noqa: B905
+    else:
+        law = {
+            "gaussian": lambda: stats.norm(out, learned["noise_std"]),
+            "gaussian_heteroscedastic": lambda: stats.norm(
+                out[:, :2], np.sqrt(np.exp(out[:, 2:]) + 1e-3)
+            ),
+            "student_t": lambda: stats.t(learned["dof"], out, learned["noise_std"]),
+            "bernoulli": lambda: stats.bernoulli(1 / (1 + np.exp(-out))),
+            "poisson": lambda: stats.poisson(np.exp(out)),
+            "negative_binomial": lambda: stats.nbinom(
+                1 / learned["dispersion"], 1 / (1 + np.exp(out) * learned["dispersion"])
+            ),
+        }[name]()
+        expected = (law.logpdf if name in REAL else law.logpmf)(x.numpy())
+    # the bends that keep outputs in range move them by less than a thousandth here
+    cells = likelihood.cells(x, output).numpy()
+    np.testing.assert_allclose(cells, expected, rtol=5e-3, atol=2e-3)
+    np.testing.assert_allclose(likelihood.log_prob(x, output), cells.sum(-1), rtol=1e-12)
+
+
+def test_densities_have_right_and_finite_gradients(name, likelihood, rng):
+    x = _rows(name, rng, 3)
+    parameters = [p.requires_grad_() for p in likelihood.parameters()]
+    outputs = _t(rng.normal(size=(3, likelihood.n_outputs))).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda o, *_: likelihood.log_prob(x, o), (outputs, *parameters), atol=1e-4
+    )
+    for size in (1e-6, 1.0, 1e3, 1e6):
+        extreme = (size * torch.randn(3, likelihood.n_outputs, generator=make_generator(1))).float()
+        single = _started((_block(name),), _rows(name, rng, 60), dtype=torch.float32).likelihood
+        extreme.requires_grad_()
+        value = single.log_prob(x.float(), extreme).sum()
+        value.backward()
+        assert torch.isfinite(value)
+        assert torch.isfinite(extreme.grad).all()
+        assert all(torch.isfinite(p.grad).all() for p in single.parameters())
+        for function in (single.mean, single.variance):
+            assert not torch.isnan(function(extreme)).any()
+
+
+def test_draws_have_the_moments_of_the_law(name, likelihood, output):
+    many = output.expand(40_000, -1)
+    draws = likelihood.sample(many, make_generator(1))
+    assert draws.shape == (40_000, 2)
+    if name == "categorical":
+        shares = np.bincount(draws[:, 0].long(), minlength=3) / 40_000
+        np.testing.assert_allclose(shares, likelihood.statistics(output)[0, :3], atol=0.015)
+        return
+    variance = likelihood.variance(output)[0]
+    error = (variance / 40_000).sqrt()
+    assert ((draws.mean(0) - likelihood.mean(output)[0]).abs() < Z_LIMIT * error).all()
+    assert torch.allclose(draws.var(0), variance, rtol=0.25)
+
+
+def test_the_start_explains_the_columns_means(name, rng):
+    x = _rows(name, rng, 4000)
+    model = _started((_block(name),), x)
+    z = torch.randn(4000, 2, generator=make_generator(0)).double()
+    with torch.no_grad():
+        drawn = model.likelihood.sample(model.decoder(z), make_generator(2))
+    assert torch.allclose(drawn.mean(0), x.mean(0), rtol=0.1, atol=0.1)
+
+
+def test_fixed_noise_has_no_parameter_and_is_the_floor():
+    blocks = (Block("gaussian", (0, 1), (), (0.5, 2.0)),)
+    model = build(Architecture(2, 1, (), "tanh", blocks), CPU, torch.float64)
+    floor = _t([0.25, 4.0])
+    initialise(model, torch.eye(2).double(), None, torch.ones(2).double(), floor, make_generator(0))
+    assert not list(model.likelihood.parameters())
+    x, f = _t([[0.3, -1.0]]), _t([[0.1, 0.4]])
+    expected = stats.norm([0.1, 0.4], [0.5, 2.0]).logpdf([0.3, -1.0]).sum()
+    assert float(model.likelihood.log_prob(x, f)) == pytest.approx(expected, rel=1e-9)
+
+
+def _mixed_rows(rng, n):
+    return _t(
+        np.c_[
+            rng.integers(0, 3, n),
+            rng.poisson(3.0, n),
+            rng.normal(size=n),
+            rng.integers(0, 2, n),
+            rng.standard_t(3, size=n),
+        ]
+    )
+
+
+def test_a_mixed_table_is_the_sum_of_its_parts(rng):
+    x = _mixed_rows(rng, 50)
+    mixed = _started(MIXED, x).likelihood.requires_grad_(False)
+    outputs = _t(rng.normal(size=(7, 50, mixed.n_outputs)))
+    cells = mixed.cells(x, outputs)
+    offset = 0
+    for block, part in zip(MIXED, mixed.parts, strict=True):
+        own = outputs[..., offset : offset + part.n_outputs]
+        columns = list(block.columns)
+        assert torch.equal(cells[..., columns], part.cells(x[:, columns], own))
+        assert torch.equal(mixed.mean(outputs)[..., columns], part.mean(own))
+        assert torch.equal(mixed.variance(outputs)[..., columns], part.variance(own))
+        offset += part.n_outputs
+    assert offset == mixed.n_outputs == Architecture(5, 1, (), "tanh", MIXED).n_outputs
+    assert torch.allclose(mixed.log_prob(x, outputs), cells.sum(-1))
+    drawn = mixed.sample(outputs[0], make_generator(0))
+    assert torch.isfinite(mixed.cells(drawn, outputs[0])).all()
+    assert mixed.features(x).shape == (50, 5 - 2 + sum(LEVELS))
+    shown = mixed.learned()
+    assert np.flatnonzero(~shown["noise_std"].isnan()).tolist() == [2, 4]
+    assert np.flatnonzero(~shown["dispersion"].isnan()).tolist() == [1]
+
+
+def test_the_mass_of_a_mixed_table_sums_to_one():
+    blocks = (Block("categorical", (0, 2), (3, 2)), Block("bernoulli", (1,)))
+    x = _t(list(itertools.product(range(3), range(2), range(2))))
+    mixed = _started(blocks, x).likelihood
+    output = torch.randn(1, mixed.n_outputs, generator=make_generator(0)).double()
+    assert float(mixed.log_prob(x, output).exp().sum()) == pytest.approx(1.0, rel=1e-12)
+
+
+def test_counts_of_a_million_keep_their_digits_in_float32():
+    x = torch.tensor([[1_000_000.0, 16_000_000.0]])
+    for name in COUNT:
+        likelihood = build_likelihood((_block(name),)).requires_grad_(False)
+        for p in likelihood.parameters():
+            p.fill_(1.2)
+        # outputs that float32 holds exactly, near the logarithms of the counts
+        output = torch.tensor([[17.5, 18.25]])
+        exact = likelihood.double().log_prob(x.double(), output.double())
+        single = likelihood.float().log_prob(x, output)
+        assert float(single) == pytest.approx(float(exact), rel=1e-4)
+        assert math.isfinite(float(exact))
