@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
 
@@ -142,9 +143,14 @@ class VariationalEstimator(BaseEstimator):
         return weight
 
 
-def _check_range(array: np.ndarray, name: str) -> None:
+def _check_range(array: Any, name: str) -> None:
+    values = array.data if issparse(array) else array
+    if values.size == 0:
+        return
     # fmax and fmin pass over NaN, where a caller allows them.
-    largest = max(float(np.fmax.reduce(array, axis=None)), -float(np.fmin.reduce(array, axis=None)))
+    largest = max(
+        float(np.fmax.reduce(values, axis=None)), -float(np.fmin.reduce(values, axis=None))
+    )
     if largest > LARGEST_VALUE:
         raise ValueError(
             f"{name} contains values beyond {LARGEST_VALUE:g} in magnitude, whose squares leave "
