@@ -18,7 +18,10 @@ def ratio_divergence(x0: Tensor, x: Tensor) -> Tensor:
     """``r - 1 - log r`` of ``r = x0 / x``: not negative, and zero at equality without rounding."""
     excess, log = log_ratio(x0, x)
     e = excess.clamp(-0.01, 0.01)
-    series = sum((-1.0) ** n * e ** (n - 2) / n for n in range(2, 10))  # over e^2
+    # (e - log(1 + e)) / e^2 = 1/2 - e/3 + e^2/4 - ... to e^7
+    series = 1 / 8 - e / 9
+    for n in range(7, 1, -1):
+        series = 1 / n - e * series
     return torch.where(excess.abs() < 0.01, excess.square() * series, excess - log)
 
 

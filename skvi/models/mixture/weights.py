@@ -114,6 +114,8 @@ class StickBreaking:
         Given the labels, the bound depends on the order of components through the sticks alone:
         ``sum_k N_k E[log pi_k] - KL(q || p)`` at the optimal sticks for that order.
         """
+        if bool((counts[1:] <= counts[:-1]).all()):
+            return None
         order = counts.argsort(descending=True, stable=True)
         gain = self._evidence(counts[order]) - self._evidence(counts)
         return order if bool(gain > 0.0) else None
