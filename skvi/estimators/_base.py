@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +53,21 @@ def weighted_mean(values: np.ndarray, weight: np.ndarray) -> float:
     """Mean of finite values under non-negative weights of any magnitude."""
     weight = weight / weight.max()
     return float(weight @ values / weight.sum())
+
+
+def check_count(value: Any, name: str) -> int:
+    """Return an argument that counts something as an int, or raise a ValueError naming it."""
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+    return int(value)
+
+
+def without_weightless(weight: np.ndarray, *arrays: Any) -> tuple[Any, ...]:
+    """Return `arrays` and `weight` without rows of weight zero; copies only if there are any."""
+    if weight.all():
+        return *arrays, weight
+    kept = weight > 0
+    return *(array[kept] for array in arrays), weight[kept]
 
 
 class VariationalEstimator(BaseEstimator):

@@ -16,8 +16,10 @@ from sklearn.utils.validation import check_array, check_is_fitted
 from skvi.estimators._base import (
     LARGEST_VALUE,
     VariationalEstimator,
+    check_count,
     to_numpy,
     weighted_mean,
+    without_weightless,
 )
 from skvi.estimators._compat import Interval, StrOptions, fit_context
 from skvi.inference.loop import Solution, climb
@@ -287,9 +289,7 @@ class VariationalGMM(
         with self._all_or_nothing():
             door = self._door(X, reset=True, ensure_min_samples=2)
             weight = self._weights(sample_weight, door.X)
-            X = door.X
-            if not weight.all():  # indexing copies, so only where there is something to leave out
-                X, weight = X[weight > 0], weight[weight > 0]
+            X, weight = without_weightless(weight, door.X)
             try:
                 if self.warm_start and hasattr(self, "_model"):
                     self._fit_warm(X, weight, door.device)
@@ -773,11 +773,10 @@ class VariationalGMM(
             the truncation; their label is ``n_components``.
         """
         check_is_fitted(self)
-        if not isinstance(n_samples, Integral) or n_samples < 1:
-            raise ValueError(f"n_samples={n_samples!r} must be an integer of at least 1.")
+        n_samples = check_count(n_samples, "n_samples")
         seed = draw_seed(self.random_state if random_state is None else random_state)
         _, prior, posterior = self._model
-        x, labels = bound.sample(posterior, prior, int(n_samples), make_rng(seed))
+        x, labels = bound.sample(posterior, prior, n_samples, make_rng(seed))
         return self._model.affine.shift + self._model.affine.scale * x, labels
 
     def __sklearn_tags__(self) -> Any:

@@ -15,7 +15,15 @@ from sklearn.metrics import r2_score
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from skvi.estimators._base import Door, VariationalEstimator, to_host, to_numpy, weighted_mean
+from skvi.estimators._base import (
+    Door,
+    VariationalEstimator,
+    check_count,
+    to_host,
+    to_numpy,
+    weighted_mean,
+    without_weightless,
+)
 from skvi.estimators._compat import Interval, StrOptions, check_feature_names_in, fit_context
 from skvi.inference.loop import Solution, climb
 from skvi.inference.monitor import Monitor, Status
@@ -384,10 +392,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         assert door.y is not None  # the door was opened with target=True
         weight = self._weights(sample_weight, door.X)
         outputs = door.y.reshape(len(door.y), -1)
-        if weight.all():
-            return door.X, outputs, weight
-        kept = weight > 0
-        return door.X[kept], outputs[kept], weight[kept]
+        X, outputs, weight = without_weightless(weight, door.X, outputs)
+        return X, outputs, weight
 
     def _check_continues(self, model: _Model, door: Door, outputs: np.ndarray) -> None:
         assert door.y is not None
@@ -833,12 +839,11 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             noise overflow.
         """
         check_is_fitted(self)
-        if not isinstance(n_samples, Integral) or n_samples < 1:
-            raise ValueError(f"n_samples={n_samples!r} must be an integer of at least 1.")
+        n_samples = check_count(n_samples, "n_samples")
         door = self._door(X, reset=False)
         rng = make_rng(draw_seed(random_state))
         posterior = _as_tensors(self._model.posterior, door.device)
-        lines = predictive.draw_lines(posterior, int(n_samples), rng)
+        lines = predictive.draw_lines(posterior, n_samples, rng)
         if not bool(lines.noise_scale.isfinite().all()):
             raise ValueError(
                 "The noise is hardly known, and a draw of it left the range of float64. Fit on "
@@ -847,7 +852,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         draws = self._per_row(
             door,
             lambda q, x: predictive.draw_responses(q, lines, x, rng),
-            extra=int(n_samples),
+            extra=n_samples,
         )
         draws = self._model.y.shift[:, None] + self._model.y.scale[:, None] * draws
         return draws[:, 0] if self._model.single else draws

@@ -14,7 +14,14 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_array, check_is_fitted
 from torch import Tensor
 
-from skvi.estimators._base import VariationalEstimator, to_host, to_numpy, weighted_mean
+from skvi.estimators._base import (
+    VariationalEstimator,
+    check_count,
+    to_host,
+    to_numpy,
+    weighted_mean,
+    without_weightless,
+)
 from skvi.estimators._columns import (
     check_observed,
     check_support,
@@ -344,7 +351,7 @@ class VAETransformer(
         with self._all_or_nothing():
             door = self._door(X, reset=True, ensure_min_samples=2, ensure_all_finite="allow-nan")
             weight = self._weights(sample_weight, door.X)
-            X, weight = door.X[weight > 0], weight[weight > 0]
+            X, weight = without_weightless(weight, door.X)
             model = self._model if self.warm_start and hasattr(self, "_model") else None
             n_validation = self._n_validation(X.shape[0])
             n_train = X.shape[0] - n_validation
@@ -409,7 +416,7 @@ class VAETransformer(
                 X, reset=model is None, ensure_min_samples=n_least, ensure_all_finite="allow-nan"
             )
             weight = self._weights(sample_weight, door.X)
-            X, weight = door.X[weight > 0], weight[weight > 0]
+            X, weight = without_weightless(weight, door.X)
             history = [] if model is None else self.elbo_history_
             n_before = 0 if model is None else self.n_samples_seen_
             self._train(
@@ -763,7 +770,7 @@ class VAETransformer(
             In the units of X.
         """
         check_is_fitted(self)
-        n = _check_count(n, "n")
+        n = check_count(n, "n")
         ends = []
         for row in (x0, x1):
             X, device = self._checked(np.reshape(row, (1, -1)) if np.ndim(row) == 1 else row)
@@ -801,7 +808,7 @@ class VAETransformer(
             ``sqrt(p (1 - p))``.
         """
         check_is_fitted(self)
-        n_importance = _check_count(n_importance, "n_importance")
+        n_importance = check_count(n_importance, "n_importance")
         X, device = self._checked(X)
 
         def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor, ...]:
@@ -836,7 +843,7 @@ class VAETransformer(
             The code of each row.
         """
         check_is_fitted(self)
-        n_samples = _check_count(n_samples, "n_samples")
+        n_samples = check_count(n_samples, "n_samples")
         seed = draw_seed(self.random_state if random_state is None else random_state)
         device = resolve_device(self.device)
         generator = make_generator(seed, device)
@@ -928,7 +935,7 @@ class VAETransformer(
             Nats.
         """
         check_is_fitted(self)
-        n_importance = _check_count(n_importance, "n_importance")
+        n_importance = check_count(n_importance, "n_importance")
         X, device = self._checked(X)
 
         def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor]:
@@ -1018,7 +1025,7 @@ class VAETransformer(
         return x * scale + shift
 
     def _terms(self, X: np.ndarray, device: torch.device) -> ElboTerms[np.ndarray]:
-        n_mc = _check_count(self.n_mc, "n_mc")  # may have been set since the fit
+        n_mc = check_count(self.n_mc, "n_mc")  # may have been set since the fit
 
         def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor, ...]:
             noise = self._model.noise(n_mc, x)
@@ -1043,12 +1050,6 @@ class VAETransformer(
         tags.input_tags.allow_nan = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
-
-
-def _check_count(value: Any, name: str) -> int:
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
-    return int(value)
 
 
 def _torch_dtype(array: np.ndarray) -> torch.dtype:
