@@ -308,7 +308,7 @@ class VariationalGMM(
 
     def _fit_cold(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
         affine = self._fitted_units(X, weight)
-        rows = Rows(X, affine, device, weight)
+        rows = Rows(X, affine, device, weight, keep=True)
         hyper = self._hyperparameters(rows, affine, float(weight.sum()))
         prior = self._prior(hyper, affine, device)
         rng = make_rng(draw_seed(self.random_state))
@@ -350,7 +350,7 @@ class VariationalGMM(
                 "changed. Set warm_start=False, or fit a clone."
             )
         self._check_reach(X, affine)
-        rows = Rows(X, affine, device, weight)
+        rows = Rows(X, affine, device, weight, keep=True)
         before = _Hyperparameters(
             self.weight_concentration_prior_,
             self.mean_precision_prior_,

@@ -9,7 +9,10 @@ from torch import Tensor
 
 # Bytes of float64 workspace that one block may take: about the L2 cache of a CPU core, or a
 # share of a GPU's memory that leaves room for everything else.
-_WORKSPACE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 29}
+_WORKSPACE_BYTES = {"cpu": 1 << 23, "cuda": 1 << 29}
+
+# Rows that are read again and again may be kept in fitted units up to this many bytes.
+_RESIDENT_BYTES = 1 << 27
 
 
 def block_rows(floats_per_row: int, device: torch.device) -> int:
@@ -50,10 +53,30 @@ def power_of_two(scale: np.ndarray) -> np.ndarray:
     return np.where(scale > 0, power, 1.0)
 
 
+class Workspace:
+    """Memory that is used again from block to block and from pass to pass.
+
+    Fresh megabytes for each block cost page faults that take longer than what is computed in them.
+    """
+
+    def __init__(self) -> None:
+        self._flat: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, rows: int, columns: int) -> Tensor:
+        """Return an uninitialised matrix with the dtype and device of `like`.
+
+        It shares memory with whatever was taken under the same name before.
+        """
+        flat = self._flat.get(name)
+        if flat is None or flat.numel() < rows * columns:
+            flat = self._flat[name] = like.new_empty(rows * columns)
+        return flat[: rows * columns].view(rows, columns)
+
+
 class Rows:
     """Rows of a NumPy array, read block by block as float64 tensors in fitted units.
 
-    The array is never copied as a whole on the CPU. On a GPU the converted rows stay resident,
+    On the CPU the array is never copied as a whole, unless it is small and asked for. On a GPU the converted rows stay resident,
     because moving them in every pass would cost more than the pass.
 
     Parameters
@@ -65,6 +88,14 @@ class Rows:
     device : torch.device
     weight : ndarray of shape (N,), optional
         Sample weights; None stands for ones.
+    keep : bool, default=False
+        Whether to convert the rows once and keep them, if that is a small amount of memory: for
+        rows that many passes will read.
+
+    Attributes
+    ----------
+    workspace : Workspace
+        For whoever works on the blocks.
     """
 
     def __init__(
@@ -73,6 +104,8 @@ class Rows:
         affine: Affine,
         device: torch.device,
         weight: np.ndarray | None = None,
+        *,
+        keep: bool = False,
     ) -> None:
         self.n_rows, self.n_features = X.shape
         self.dtype = X.dtype
@@ -80,7 +113,10 @@ class Rows:
         self._X = X
         self._affine = affine
         self._weight = np.ones(self.n_rows) if weight is None else weight
-        self._resident = None if device.type == "cpu" else self._convert(slice(0, self.n_rows))
+        keep &= 8 * X.size <= _RESIDENT_BYTES
+        keep |= device.type != "cpu"
+        self._resident = self._convert(slice(0, self.n_rows)) if keep else None
+        self.workspace = Workspace()
 
     def _convert(self, rows: slice | np.ndarray) -> tuple[Tensor, Tensor]:
         x = np.array(self._X[rows], dtype=np.float64)  # a copy: the input is never written to

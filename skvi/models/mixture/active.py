@@ -90,7 +90,7 @@ class AlternatingAscent:
     def _full_pass(self, posterior: Posterior) -> tuple[Moments, float]:
         """Visit everything, and note which components each row needs."""
         self._active = []
-        totals = Totals(posterior, self._rows.device)
+        totals = Totals(posterior, self._rows.device, self._rows.workspace)
         for where, x, weight in self._rows.blocks(floats_per_row(posterior.components)):
             resp = totals.add(x, weight)  # (K, B), times weight
             self._needed[where] = (resp > self._negligible * weight).T

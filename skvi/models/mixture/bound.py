@@ -22,7 +22,7 @@ from torch import Tensor
 from skvi.models.mixture.components import Components, Diag, Moments, add_to
 from skvi.models.mixture.weights import Weights
 from skvi.models.terms import ElboTerms
-from skvi.runtime.blocks import Rows
+from skvi.runtime.blocks import Rows, Workspace
 
 
 class Posterior(NamedTuple):
@@ -66,11 +66,34 @@ def predictive_floats_per_row(components: Components) -> int:
     return floats_per_row(components) + (4 * K * D if isinstance(components, Diag) else 0)
 
 
+class LogRho:
+    """``log rho_nk`` of rows under a posterior.
+
+    Parameters
+    ----------
+    posterior : Posterior
+    """
+
+    def __init__(self, posterior: Posterior) -> None:
+        self._E_log_pi = posterior.weights.E_log()  # (K,)
+        self._components = components = posterior.components
+        self._ill = components.take(components.ill) if components.ill.numel() else None
+        self._form = components.linear_form(self._E_log_pi)  # (K, F)
+
+    def __call__(self, x: Tensor, monomials: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return it for rows (B, D) and their monomials (F, B), shape (K, B); in `out` if given."""
+        result = torch.mm(self._form, monomials, out=out)
+        self._components.add_common(result, x)
+        if self._ill is not None:
+            some, index = self._ill, self._components.ill
+            centred = some.E_log_prob(some.centred_distance(x - some.mean[:, None, :]))
+            result[index] = centred.add_(self._E_log_pi[index, None])
+        return result
+
+
 def log_rho(posterior: Posterior, x: Tensor) -> Tensor:
     """``log rho_nk`` of rows (B, D), shape (K, B)."""
-    components = posterior.components
-    distance = components.squared_distance(x, components.monomials(x))
-    return components.E_log_prob(distance).add_(posterior.weights.E_log()[:, None])
+    return LogRho(posterior)(x, posterior.components.monomials(x))
 
 
 def local_bound(posterior: Posterior, x: Tensor) -> Tensor:
@@ -119,11 +142,16 @@ class Totals:
     ----------
     posterior : Posterior
     device : torch.device
+    workspace : Workspace, optional
+        Memory to work in, kept from pass to pass.
     """
 
-    def __init__(self, posterior: Posterior, device: torch.device) -> None:
+    def __init__(
+        self, posterior: Posterior, device: torch.device, workspace: Workspace | None = None
+    ) -> None:
         self.posterior = posterior
-        self._E_log_pi = posterior.weights.E_log()  # (K,)
+        self._log_rho = LogRho(posterior)
+        self._workspace = Workspace() if workspace is None else workspace
         ill = posterior.components.ill
         self._ill = posterior.components.take(ill) if ill.numel() else None
         self._bound = torch.zeros((), dtype=torch.float64, device=device)
@@ -131,11 +159,16 @@ class Totals:
         self._ill_sums: tuple[Tensor, ...] | None = None  # of centred rows
 
     def add(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Add rows (B, D) with weights (B,); return responsibilities times weights, (K, B)."""
+        """Add rows (B, D) with weights (B,); return responsibilities times weights, (K, B).
+
+        What is returned lies in the workspace: it holds until the next call.
+        """
         components = self.posterior.components
-        monomials = components.monomials(x)  # (F, B)
-        resp = components.E_log_prob(components.squared_distance(x, monomials))
-        resp.add_(self._E_log_pi[:, None])  # log rho until normalised
+        (K, D), B = components.mean.shape, len(x)
+        monomials = self._workspace.take("monomials", x, components.n_monomials(D), B)
+        components.monomials(x, out=monomials)
+        # log rho until normalised
+        resp = self._log_rho(x, monomials, self._workspace.take("resp", x, K, B))
         # One exponential serves both. Responsibilities are normalised explicitly: a row 1e10
         # spreads away has log rho of 1e19, where log sum exp cannot hold the log 2 of a tie.
         largest = resp.amax(0)  # (B,)
@@ -176,7 +209,7 @@ def expectation(posterior: Posterior, rows: Rows) -> tuple[Moments, float]:
     bound : float
         ``sum_n s_n log sum_k rho_nk`` in nats.
     """
-    totals = Totals(posterior, rows.device)
+    totals = Totals(posterior, rows.device, rows.workspace)
     for _, x, weight in rows.blocks(floats_per_row(posterior.components)):
         totals.add(x, weight)
     return totals.result()

@@ -142,8 +142,8 @@ class Components(ABC):
 
     @staticmethod
     @abstractmethod
-    def monomials(x: Tensor) -> Tensor:
-        """Monomials of rows (B, D), shape (F, B): 1, x, and what the shape has of ``x x'``."""
+    def fill_monomials(columns: Tensor, quadratic: Tensor) -> None:
+        """Write what the shape has of ``x x'`` into `quadratic`, from `columns` (D, B) of x."""
 
     @cached_property
     @abstractmethod
@@ -154,6 +154,19 @@ class Components(ABC):
     @abstractmethod
     def amplification(self) -> Tensor:
         """Ratio of the largest terms of that linear form to its value, shape (K,)."""
+
+    @classmethod
+    def monomials(cls, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Monomials of rows (B, D), shape (F, B): 1, x, and what the shape has of ``x x'``.
+
+        Written to `out` if it is given.
+        """
+        B, D = x.shape
+        result = x.new_empty(cls.n_monomials(D), B) if out is None else out
+        result[0] = 1.0
+        columns = result[1 : 1 + D].copy_(x.T)
+        cls.fill_monomials(columns, result[1 + D :])
+        return result
 
     @classmethod
     def sums(cls, x: Tensor, monomials: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
@@ -225,8 +238,16 @@ class Components(ABC):
 
         Bishop (2006), equations 10.64-10.65.
         """
-        constant = self.log_prob_constant[:, None]
-        return torch.addcmul(constant, distance, self.precision_dof[:, None], value=-0.5)
+        return distance * (-0.5 * self.precision_dof[:, None]) + self.log_prob_constant[:, None]
+
+    def linear_form(self, offset: Tensor) -> Tensor:
+        """:meth:`E_log_prob` plus an offset (K,) as a linear form in the monomials, (K, F)."""
+        form = self.coefficients * (-0.5 * self.precision_dof[:, None])
+        form[:, 0] += self.log_prob_constant + offset  # the first monomial is 1
+        return form
+
+    def add_common(self, log_prob: Tensor, x: Tensor) -> None:
+        """Add to `log_prob` (K, B) of rows (B, D) what a linear form leaves out: nothing."""
 
     @cached_property
     def log_prob_constant(self) -> Tensor:
@@ -339,17 +360,12 @@ class Full(_Wishart):
         return 1 + n_features + n_features * (n_features + 1) // 2
 
     @staticmethod
-    def monomials(x: Tensor) -> Tensor:
-        B, D = x.shape
-        result = x.new_empty(Full.n_monomials(D), B)
-        result[0] = 1.0
-        columns = result[1 : 1 + D].copy_(x.T)  # (D, B)
-        start = 1 + D
-        for i in range(D):  # row i of the upper triangle of x x'
-            stop = start + D - i
-            torch.mul(columns[i], columns[i:], out=result[start:stop])
+    def fill_monomials(columns: Tensor, quadratic: Tensor) -> None:
+        start = 0
+        for i in range(len(columns)):  # row i of the upper triangle of x x'
+            stop = start + len(columns) - i
+            torch.mul(columns[i], columns[i:], out=quadratic[start:stop])
             start = stop
-        return result
 
     @cached_property
     def coefficients(self) -> Tensor:
@@ -393,8 +409,8 @@ class Tied(_Wishart):
         return 1 + n_features
 
     @staticmethod
-    def monomials(x: Tensor) -> Tensor:
-        return torch.cat([torch.ones_like(x[:, :1]), x], dim=1).T
+    def fill_monomials(columns: Tensor, quadratic: Tensor) -> None:
+        """Nothing to write: what is quadratic is the same for all components."""
 
     @cached_property
     def coefficients(self) -> Tensor:
@@ -405,8 +421,14 @@ class Tied(_Wishart):
     def squared_distance(self, x: Tensor, monomials: Tensor) -> Tensor:
         if self.ill.numel():
             return self.centred_distance(x - self.mean[:, None, :])
-        square = (x @ self.whitener[0]).square().sum(-1)  # x' W x, the same for every k
-        return self.coefficients @ monomials + square
+        return (self.coefficients @ monomials).add_(self._square(x))
+
+    def add_common(self, log_prob: Tensor, x: Tensor) -> None:
+        log_prob.sub_(0.5 * self.dof * self._square(x))
+
+    def _square(self, x: Tensor) -> Tensor:
+        """``x' W x`` of rows (B, D), the same for every component; shape (B,)."""
+        return (x @ self.whitener[0]).square_().sum(-1)
 
     @classmethod
     def sums(cls, x: Tensor, monomials: Tensor, resp: Tensor) -> tuple[Tensor, ...]:
@@ -467,8 +489,8 @@ class Diag(_Gamma):
         return 1 + 2 * n_features
 
     @staticmethod
-    def monomials(x: Tensor) -> Tensor:
-        return torch.cat([torch.ones_like(x[:, :1]), x, x.square()], dim=1).T
+    def fill_monomials(columns: Tensor, quadratic: Tensor) -> None:
+        torch.square(columns, out=quadratic)
 
     @cached_property
     def coefficients(self) -> Tensor:
@@ -533,9 +555,8 @@ class Spherical(_Gamma):
         return 2 + n_features
 
     @staticmethod
-    def monomials(x: Tensor) -> Tensor:
-        square = x.square().sum(-1, keepdim=True)
-        return torch.cat([torch.ones_like(square), x, square], dim=1).T
+    def fill_monomials(columns: Tensor, quadratic: Tensor) -> None:
+        torch.linalg.vecdot(columns, columns, dim=0, out=quadratic[0])
 
     @cached_property
     def coefficients(self) -> Tensor:
