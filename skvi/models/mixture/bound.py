@@ -41,6 +41,10 @@ class Posterior(NamedTuple):
         """Apply `function` to every array."""
         return Posterior(self.weights.map(function), self.components.map(function))
 
+    def update(self, moments: Moments) -> Posterior:
+        """Return the optimal posterior of this prior, with the components in the given order."""
+        return Posterior(self.weights.update(moments.counts), self.components.update(moments))
+
     def kl(self, prior: Posterior) -> Tensor:
         """``KL(q || p)`` of everything that rows share, in nats."""
         return self.weights.kl(prior.weights) + self.components.kl(prior.components)
@@ -215,6 +219,44 @@ def expectation(posterior: Posterior, rows: Rows) -> tuple[Moments, float]:
     return totals.result()
 
 
+def energy(posterior: Posterior, moments: Moments) -> float:
+    """``E_q[log p(X, z | theta)]`` in nats of the rows that left `moments`, linear in them."""
+    log_weights = moments.counts @ posterior.weights.E_log()
+    return float(log_weights + posterior.components.energy(moments))
+
+
+class Share(NamedTuple):
+    """What a set of rows leaves behind: enough for its bound under any posterior.
+
+    Attributes
+    ----------
+    moments : Moments
+        Under responsibilities of whatever posterior the rows were last visited with.
+    entropy : float
+        Of those responsibilities, in nats.
+    """
+
+    moments: Moments
+    entropy: float
+
+    def merge(self, other: Share, shape: type[Components]) -> Share:
+        """Return what both sets of rows leave behind."""
+        moments = shape.merge(self.moments, other.moments)
+        return Share(moments, self.entropy + other.entropy)
+
+    def bound(self, posterior: Posterior, prior: Posterior) -> float:
+        """Return the exact bound of these responsibilities and `posterior`, in nats."""
+        return energy(posterior, self.moments) + self.entropy - float(posterior.kl(prior))
+
+
+def share(posterior: Posterior, moments: Moments, local: float) -> Share:
+    """Return the share of rows from their statistics and their `local` bound, in nats.
+
+    The best responsibilities have ``local = energy + entropy``.
+    """
+    return Share(moments, local - energy(posterior, moments))
+
+
 def maximisation(prior: Posterior, moments: Moments) -> Posterior:
     """Return the optimal global posterior given the statistics of the rows.
 
@@ -223,7 +265,7 @@ def maximisation(prior: Posterior, moments: Moments) -> Posterior:
     order = prior.weights.best_order(moments.counts)
     if order is not None:
         moments = moments.reordered(order)
-    return Posterior(prior.weights.update(moments.counts), prior.components.update(moments))
+    return prior.update(moments)
 
 
 def coordinate_ascent(prior: Posterior, rows: Rows) -> Callable[[State], tuple[State, float]]:

@@ -70,6 +70,17 @@ class Moments(NamedTuple):
             reference[order], counts[order], first[order], second if shared else second[order]
         )
 
+    def scaled(self, factor: float) -> Moments:
+        """Return the statistics of the same rows with `factor` times their weight."""
+        return Moments(
+            self.reference, factor * self.counts, factor * self.first, factor * self.second
+        )
+
+    def offset(self) -> Tensor:
+        """Return means of the rows less the reference points, (K, D); zero without rows."""
+        counts = self.counts.clamp_min(torch.finfo(self.counts.dtype).tiny)
+        return self.first / counts[:, None]
+
 
 @dataclass(frozen=True)
 class Components(ABC):
@@ -134,6 +145,10 @@ class Components(ABC):
     @abstractmethod
     def scatter(diff: Tensor, resp: Tensor) -> Tensor:
         """Weighted second moments of `diff` (K, B, D) under `resp` (K, B), in this shape."""
+
+    @abstractmethod
+    def scaled_trace(self, second: Tensor) -> Tensor:
+        """``trace(W_k S_k)`` of second moments S in this shape, (K,) or for Tied (1,)."""
 
     @staticmethod
     @abstractmethod
@@ -267,7 +282,7 @@ class Components(ABC):
         kappa = self.kappa + counts  # (K,)
         # (kappa0 m0 + N reference + first) / kappa, without leaving the reference
         mean = reference + (first + self.kappa[:, None] * (self.mean - reference)) / kappa[:, None]
-        offset = first / counts.clamp_min(torch.finfo(counts.dtype).tiny)[:, None]  # xbar - ref
+        offset = moments.offset()  # xbar - reference
         # Two weighted points per component: the correction to S, and the pull to the prior mean.
         points = torch.stack([offset, reference + offset - self.mean], dim=1)  # (K, 2, D)
         point_weights = torch.stack([-counts, self.kappa * counts / kappa], dim=1)  # (K, 2)
@@ -285,6 +300,47 @@ class Components(ABC):
         pull = prior.kappa * self.precision_dof * distance
         normal = 0.5 * (self.n_features * (ratio - 1.0 - ratio.log()) + pull)
         return normal.sum() + self.kl_precision(prior)
+
+    @classmethod
+    def merge(cls, first: Moments, second: Moments) -> Moments:
+        r"""Return the statistics of both sets of rows, about their common means.
+
+        .. math::
+            N = N_1 + N_2, \quad d = \bar x_2 - \bar x_1, \quad
+            C = C_1 + C_2 + \tfrac{N_1 N_2}{N} d d'
+
+        with C the second moments about the mean: no difference of large numbers, wherever the
+        references are. Chan, Golub & LeVeque (1983), equation 2.1.
+        """
+        counts = first.counts + second.counts  # (K,)
+        share = second.counts / counts.clamp_min(torch.finfo(counts.dtype).tiny)
+        here, there = first.offset(), second.offset()  # (K, D)
+        gap = (second.reference - first.reference) + (there - here)
+        step = share[:, None] * gap  # from the first mean to the common one
+        # Each set moves from its reference to its mean, and from there to the common mean.
+        points = torch.stack([here, there, step, step - gap], dim=1)  # (K, 4, D)
+        point_weights = torch.stack(
+            [-first.counts, -second.counts, first.counts, second.counts], dim=1
+        )
+        scatter = first.second + second.second + cls.scatter(points, point_weights)
+        mean = first.reference + (here + step)
+        return Moments(mean, counts, torch.zeros_like(mean), scatter)
+
+    def energy(self, moments: Moments) -> Tensor:
+        r"""``sum_nk r_nk E[log N(x_n | mu_k, Lambda_k^-1)]`` in nats, from the statistics alone.
+
+        .. math::
+            \sum_k N_k c_k - \tfrac12 \nu_k \mathrm{tr}\, W_k
+            \textstyle\sum_n r_{nk} (x_n - m_k)(x_n - m_k)'
+
+        with the constants c of :meth:`E_log_prob`.
+        """
+        offset = moments.offset()
+        points = torch.stack([offset, moments.reference - self.mean + offset], dim=1)  # (K, 2, D)
+        point_weights = torch.stack([-moments.counts, moments.counts], dim=1)
+        about_mean = moments.second + self.scatter(points, point_weights)
+        spread = self.precision_dof * self.scaled_trace(about_mean)
+        return moments.counts @ self.log_prob_constant - 0.5 * spread.sum()
 
     def covariances(self) -> Tensor:
         """``E[Lambda_k]^-1`` in the shape of `root`."""
@@ -322,6 +378,9 @@ class _Wishart(Components):
 
     def centred_distance(self, diff: Tensor) -> Tensor:
         return torch.matmul(diff, self.whitener).square().sum(-1)  # (K, B)
+
+    def scaled_trace(self, second: Tensor) -> Tensor:
+        return (self.whitener * torch.matmul(second, self.whitener)).sum((-2, -1))
 
     def kl_precision(self, prior: Self) -> Tensor:
         return wishart.kl(self.dof, self.root, prior.dof, prior.root).sum()
@@ -484,6 +543,9 @@ class Diag(_Gamma):
     def centred_distance(self, diff: Tensor) -> Tensor:
         return (diff / self.root[:, None, :]).square().sum(-1)
 
+    def scaled_trace(self, second: Tensor) -> Tensor:
+        return (second / self.root.square()).sum(-1)
+
     @staticmethod
     def n_monomials(n_features: int) -> int:
         return 1 + 2 * n_features
@@ -549,6 +611,9 @@ class Spherical(_Gamma):
 
     def centred_distance(self, diff: Tensor) -> Tensor:
         return (diff / self.root[:, None, None]).square().sum(-1)
+
+    def scaled_trace(self, second: Tensor) -> Tensor:
+        return second / self.root.square()
 
     @staticmethod
     def n_monomials(n_features: int) -> int:
