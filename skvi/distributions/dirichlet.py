@@ -22,5 +22,9 @@ def kl(concentration: Tensor, concentration0: Tensor) -> Tensor:
 
     D is the Bregman divergence of log Gamma, so that nothing large is subtracted.
     """
-    each = log_gamma_divergence(concentration0, concentration).sum(-1)
-    return each - log_gamma_divergence(concentration0.sum(-1), concentration.sum(-1))
+    # one call for all of them, with the total as one more element
+    total, total0 = concentration.sum(-1, keepdim=True), concentration0.sum(-1, keepdim=True)
+    divergence = log_gamma_divergence(
+        torch.cat([concentration0, total0], dim=-1), torch.cat([concentration, total], dim=-1)
+    )
+    return divergence[..., :-1].sum(-1) - divergence[..., -1]

@@ -76,8 +76,8 @@ class Workspace:
 class Rows:
     """Rows of a NumPy array, read block by block as float64 tensors in fitted units.
 
-    On the CPU the array is never copied as a whole, unless it is small and asked for. On a GPU the converted rows stay resident,
-    because moving them in every pass would cost more than the pass.
+    On the CPU the array is never copied as a whole, unless it is small and asked for. On a GPU the
+    converted rows stay resident, because moving them in every pass would cost more than the pass.
 
     Parameters
     ----------
@@ -94,6 +94,8 @@ class Rows:
 
     Attributes
     ----------
+    kept : bool
+        Whether the converted rows are kept.
     workspace : Workspace
         For whoever works on the blocks.
     """
@@ -115,7 +117,12 @@ class Rows:
         self._weight = np.ones(self.n_rows) if weight is None else weight
         keep &= 8 * X.size <= _RESIDENT_BYTES
         keep |= device.type != "cpu"
-        self._resident = self._convert(slice(0, self.n_rows)) if keep else None
+        self.kept = keep
+        self._resident: tuple[Tensor, Tensor] | None = None
+        if keep:
+            x, s = self._convert(slice(0, self.n_rows))
+            # Feature by feature in memory: monomials of a block are products of columns.
+            self._resident = x.T.contiguous().T, s
         self.workspace = Workspace()
 
     def _convert(self, rows: slice | np.ndarray) -> tuple[Tensor, Tensor]:

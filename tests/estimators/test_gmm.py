@@ -536,15 +536,17 @@ def test_awkward_data_get_a_finite_answer_or_a_clear_error(data):
 
 @every_shape
 @pytest.mark.parametrize("max_iter", [5, 1000])
+@pytest.mark.parametrize("long_product", [1, 10**9])
 def test_fits_over_active_components_end_with_a_full_pass(
-    X, covariance_type, max_iter, monkeypatch
+    X, covariance_type, max_iter, long_product, monkeypatch
 ):
     params = {"covariance_type": covariance_type, "n_components": 6, "max_iter": max_iter}
+    monkeypatch.setattr("skvi.models.mixture.active._LONG_PRODUCT", long_product)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        plain = _fit(X, **params)
-        monkeypatch.setattr("skvi.models.mixture.active._LONG_PRODUCT", 1)
         restricted = _fit(X, **params)
+        monkeypatch.setattr("skvi.models.mixture.active.pays", lambda rows: False)
+        plain = _fit(X, **params)
     # The last pass looks at everything, so the identity is exact however the fit ended.
     assert_allclose(
         restricted.elbo_, restricted.score_samples(X).sum() - restricted.kl_, rtol=1e-12
@@ -554,8 +556,7 @@ def test_fits_over_active_components_end_with_a_full_pass(
     assert np.diff(restricted.elbo_history_).min() > -1e-6
 
 
-def test_memory_decides_whether_rows_are_sorted(X, monkeypatch):
-    monkeypatch.setattr("skvi.models.mixture.active._LONG_PRODUCT", 1)
-    monkeypatch.setattr("skvi.models.mixture.active._RESIDENT_BYTES", 100)
+def test_memory_decides_whether_rows_are_kept(X, monkeypatch):
+    monkeypatch.setattr("skvi.runtime.blocks._RESIDENT_BYTES", 100)
     monkeypatch.setattr("skvi.models.mixture.active.AlternatingAscent", None)
     assert _fit(X).converged_

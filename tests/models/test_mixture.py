@@ -19,7 +19,7 @@ from sklearn.mixture import BayesianGaussianMixture
 
 from skvi.models.mixture import active, bound, start
 from skvi.models.mixture.bound import Posterior, State
-from skvi.models.mixture.components import COMPONENTS
+from skvi.models.mixture.components import COMPONENTS, Full, Moments
 from skvi.models.mixture.weights import WEIGHTS
 from skvi.runtime.blocks import Affine, Rows
 
@@ -670,12 +670,23 @@ def test_products_and_centred_rows_agree_where_conditions_are_ordinary(shape):
     )
 
 
+@pytest.fixture(params=["rows", "pairs"])
+def always_restricted(request, monkeypatch):
+    """Passes over active rows or pairs, however many there are."""
+    for name, value in (
+        ("_CHUNK_ROWS", 150),
+        ("_LARGEST_SHARE_OF_ROWS", 1.0),
+        ("_LARGEST_SHARE_OF_PAIRS", 1.0),
+        ("_LONG_PRODUCT", 0 if request.param == "pairs" else np.inf),
+    ):
+        monkeypatch.setattr(active, name, value)
+
+
+@pytest.mark.usefixtures("always_restricted")
 @every_shape
 @every_law
-def test_active_passes_climb_to_the_same_bound(shape, law, monkeypatch):
+def test_active_passes_climb_to_the_same_bound(shape, law):
     """Leaving out negligible components changes the way, not the summit, and never falls."""
-    monkeypatch.setattr("skvi.models.mixture.active._CHUNK_ROWS", 150)
-    monkeypatch.setattr("skvi.models.mixture.active._LARGEST_SHARE", 1.0)
     rng = np.random.default_rng(0)
     N, D, K = 600, 3, 8
     X = 4.0 * rng.normal(size=(6, D))[rng.integers(6, size=N)] + rng.normal(size=(N, D))
@@ -699,17 +710,74 @@ def test_active_passes_climb_to_the_same_bound(shape, law, monkeypatch):
     np.testing.assert_allclose(climbs["active"][-1], climbs["plain"][-1], rtol=1e-7)
 
 
-def test_on_separated_clusters_few_pairs_are_active():
+@pytest.mark.usefixtures("always_restricted")
+@every_shape
+@every_law
+def test_restricted_pass_is_a_pass_with_negligible_responsibilities_removed(shape, law):
+    """Against responsibilities of all rows and components with zeros put in; a coarse limit."""
+    rng = np.random.default_rng(0)
+    N, D, K, negligible = 500, 3, 4, 1e-2
+    X = 6.0 * rng.normal(size=(4, D))[rng.integers(4, size=N)] + rng.normal(size=(N, D))
+    weight = rng.integers(1, 4, size=N).astype(float)
+    rows = Rows(X, Affine(np.zeros(D), np.ones(D)), torch.device("cpu"), weight, keep=True)
+    prior = _problem(shape, law, D=D, K=K).prior
+    moments = start.start("k-means++", rows, COMPONENTS[shape], K, np.random.default_rng(1))
+    step = active.AlternatingAscent(prior, rows, max_iter=100, negligible=negligible)
+    first, _ = step(State(prior, moments))
+    second, value = step(first)
+    assert not step.looked_at_everything
+
+    x, s = _t(X), _t(weight)
+    resp = bound.responsibilities(first.posterior, x)  # (K, N)
+    order = prior.weights.best_order(first.moments.counts)
+    needed = resp > negligible
+    alone = resp.max(0).values >= 1.0 - negligible
+    assert 0.1 < alone.double().mean() < 0.95
+    settled = torch.zeros_like(needed).scatter_(0, resp.argmax(0)[None], True)
+    by_rows = active._LONG_PRODUCT > 0
+    needed = torch.where(alone, settled, torch.ones_like(needed) if by_rows else needed)
+    if order is not None:
+        needed = needed[order]
+    log_rho = bound.log_rho(second.posterior, x).masked_fill(~needed, -torch.inf)
+    local = float(s @ log_rho.logsumexp(0))
+    assert value == pytest.approx(local - float(second.posterior.kl(prior)), rel=1e-12)
+    r = log_rho.softmax(0) * s
+    torch.testing.assert_close(second.moments.counts, r.sum(1))
+    direct = prior.components.update(
+        Moments(torch.zeros(K, D), r.sum(1), r @ x, prior.components.scatter(x.expand(K, N, D), r))
+    )
+    mine = prior.components.update(second.moments)
+    for a, b in zip(vars(direct).values(), vars(mine).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_on_separated_clusters_nothing_is_visited():
     rng = np.random.default_rng(0)
     N, D, K = 4096, 3, 8
-    X = 30.0 * rng.normal(size=(K, D))[rng.integers(K, size=N)] + rng.normal(size=(N, D))
+    labels = rng.integers(K, size=N)
+    corners = np.array(list(itertools.product([-30.0, 30.0], repeat=D)))
+    X = corners[labels] + rng.normal(size=(N, D))
     X = (X - X.mean(0)) / X.std(0)
     rows = Rows(X, Affine(np.zeros(D), np.ones(D)), torch.device("cpu"))
     prior = _problem("full", "dirichlet_process", D=D, K=K).prior
-    moments = start.start("kmeans", rows, COMPONENTS["full"], K, np.random.default_rng(1))
+    one_hot = torch.nn.functional.one_hot(torch.as_tensor(labels), K).T.double()
+    moments = Full.unpack(torch.zeros(K, D), Full.sums(_t(X), Full.monomials(_t(X)), one_hot))
     step = active.AlternatingAscent(prior, rows, max_iter=100, negligible=1e-9)
     state = State(prior, moments)
     for _ in range(7):
         state, _ = step(state)
     assert not step.looked_at_everything
-    assert N <= sum(len(index) for index in step._active) < 1.5 * N
+    assert len(step._focus.visited) < 0.05 * N
+
+
+def test_rows_of_ill_conditioned_components_are_never_settled():
+    """Statistics alone would know their bound to few digits."""
+    prior, rows, moments = _ill_conditioned("full")
+    step = active.AlternatingAscent(prior, rows, max_iter=100, negligible=1e-9)
+    state = State(prior, moments)
+    for _ in range(2):
+        state, _ = step(state)
+    ill = state.posterior.components.ill
+    assert ill.numel() == 3
+    assert step._owner.max() >= 0
+    assert not torch.isin(step._owner, ill).any()

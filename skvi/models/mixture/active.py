@@ -1,43 +1,83 @@
 """Passes that leave out negligible responsibilities.
 
-Once clusters have formed, a row shares its responsibility among few components; all others get
-zero to working precision. A full pass notes which pairs of row and component matter. The next
-passes visit these pairs only, component by component and through centred rows, until another full
-pass looks at everything again.
+Once clusters have formed, most responsibilities are zero to working precision. A full pass notes
+where they matter. The next passes look there only, until another full pass looks at everything:
 
-A pass over active pairs maximises the same bound over a smaller family (labels that may only be
-active), so what it returns is a lower bound still, and it rises by itself. What it gives away is
-below `negligible` nats for each pair left out.
+* a row that one component has to itself is *settled*. What all settled rows leave behind, their
+  statistics, does not change until the next full pass, and says all about their bound;
+* the rest is visited row by row; where one visit of a row is long, in pairs of row and component
+  that matter, component by component.
+
+Such a pass maximises the same bound over a smaller family (labels that may only be active), so
+what it returns is a lower bound still, and it rises by itself. What it gives away is below
+`negligible` nats for each pair left out.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from skvi.models.mixture.bound import Posterior, State, Totals, floats_per_row, maximisation
-from skvi.models.mixture.components import Components, Moments
-from skvi.runtime.blocks import Rows
+from skvi.models.mixture.bound import (
+    Posterior,
+    State,
+    Totals,
+    energy,
+    floats_per_row,
+    maximisation,
+)
+from skvi.models.mixture.components import Components, Moments, add_to
+from skvi.runtime.blocks import Rows, block_rows
 
 # Restricted passes between two full ones.
 _PERIOD = 7
 # A pair costs about twice as much as an element of the full pass's products, and its gathering.
-_LARGEST_SHARE = 0.2
-# The resident copy of the rows, and the table of pairs, may take this many bytes.
-_RESIDENT_BYTES = 1 << 27
-# Below this many multiplications a row, the two products of a full pass cost less than choosing.
+_LARGEST_SHARE_OF_PAIRS = 0.2
+# A row that is visited costs a little more than in a full pass.
+_LARGEST_SHARE_OF_ROWS = 0.8
+# From this many multiplications a row, choosing pairs costs less than the products of all.
 _LONG_PRODUCT = 5000
+# The table of pairs and their lists may take this many bytes.
+_PAIRS_BYTES = 1 << 26
 _CHUNK_ROWS = 4096
 
 
-def pays(rows: Rows, shape: type[Components], n_components: int) -> bool:
-    """Whether keeping pairs of these rows is possible within bounded memory, and worth it."""
-    fits = rows.n_rows * max(8 * rows.n_features, 8 * n_components) <= _RESIDENT_BYTES
-    long = n_components * shape.n_monomials(rows.n_features) >= _LONG_PRODUCT
-    # On a GPU many small products are slower than one large one.
-    return fits and long and rows.device.type == "cpu"
+def pays(rows: Rows) -> bool:
+    """Whether leaving out is worth it: not where rows are converted anew in every pass.
+
+    Nor on a GPU, where many small products are slower than one large one.
+    """
+    return rows.kept and rows.device.type == "cpu"
+
+
+class _Focus(NamedTuple):
+    """Where the passes between two full ones look.
+
+    Attributes
+    ----------
+    settled : Moments
+        Statistics of the rows that one component has to itself.
+    visited : Tensor of shape (R,)
+        The other rows.
+    pairs : list of Tensor or None
+        For each component the places in `visited` of the rows that it matters to; None stands
+        for all.
+    """
+
+    settled: Moments
+    visited: Tensor
+    pairs: list[Tensor] | None
+
+    def reordered(self, order: Tensor) -> "_Focus":
+        """Return the same under another order of the components."""
+        settled, visited, pairs = self
+        return _Focus(
+            settled.reordered(order), visited, pairs and [pairs[k] for k in order.tolist()]
+        )
 
 
 class AlternatingAscent:
-    """Steps of coordinate ascent, most of them over active pairs only.
+    """Steps of coordinate ascent, most of them over active rows and pairs only.
 
     Call it as a step; `looked_at_everything` says whether the last step was a full pass, which
     the last step of a climb should be.
@@ -53,14 +93,20 @@ class AlternatingAscent:
     """
 
     def __init__(self, prior: Posterior, rows: Rows, *, max_iter: int, negligible: float) -> None:
-        K = prior.weights.E_log().shape[0]
+        K, N = prior.weights.E_log().shape[0], rows.n_rows
         self._prior = prior
         self._rows = rows
         self._max_iter = max_iter
         self._negligible = negligible
-        self._needed = torch.empty(rows.n_rows, K, dtype=torch.bool)
+        self._owner = torch.empty(N, dtype=torch.int64)  # of settled rows; -1 for the others
+        # A pair is a byte of the table, and at most a fifth of all are listed in eight bytes.
+        self._in_pairs = (
+            K * type(prior.components).n_monomials(rows.n_features) >= _LONG_PRODUCT
+            and 3 * N * K <= _PAIRS_BYTES
+        )
+        self._needed = torch.empty(N, K, dtype=torch.bool) if self._in_pairs else None
         self._x, self._weight = rows[slice(None)]  # (N, D), (N,)
-        self._active: list[Tensor] = []  # rows of each component
+        self._focus: _Focus | None = None
         self._n_steps = 0
         self._n_restricted = _PERIOD  # begin with a full pass
         self.looked_at_everything = False
@@ -69,16 +115,21 @@ class AlternatingAscent:
         """Return the next state and its bound in nats."""
         self._n_steps += 1
         full = self._n_restricted >= _PERIOD or self._n_steps == self._max_iter
-        if not full and not self._active:
-            self._active = [column.nonzero()[:, 0] for column in self._needed.T]
-            n_pairs = sum(index.numel() for index in self._active)
-            full = n_pairs > _LARGEST_SHARE * self._needed.numel()
+        if not full and self._focus is None:
+            self._focus = self._choose(state.posterior)
+            full = self._focus is None
         order = self._prior.weights.best_order(state.moments.counts)
         if order is not None:
             state = state._replace(moments=state.moments.reordered(order))
-            self._active = [self._active[k] for k in order.tolist()] if self._active else []
+            self._focus = self._focus and self._focus.reordered(order)
         posterior = maximisation(self._prior, state.moments)
-        moments, local = self._full_pass(posterior) if full else self._restricted_pass(posterior)
+        if not full and self._focus is not None:
+            # A component that has become ill since the full pass: see `_full_pass`.
+            full = bool(self._focus.settled.counts[posterior.components.ill].any())
+        if full or self._focus is None:
+            moments, local = self._full_pass(posterior)
+        else:
+            moments, local = self._restricted_pass(posterior, self._focus)
         self._n_restricted = 0 if full else self._n_restricted + 1
         self.looked_at_everything = full
         return State(posterior, moments), local - float(posterior.kl(self._prior))
@@ -89,19 +140,83 @@ class AlternatingAscent:
 
     def _full_pass(self, posterior: Posterior) -> tuple[Moments, float]:
         """Visit everything, and note which components each row needs."""
-        self._active = []
+        self._focus = None
         totals = Totals(posterior, self._rows.device, self._rows.workspace)
         for where, x, weight in self._rows.blocks(floats_per_row(posterior.components)):
             resp = totals.add(x, weight)  # (K, B), times weight
-            self._needed[where] = (resp > self._negligible * weight).T
+            largest, owner = resp.max(0)  # (B,)
+            others_matter = weight - largest > self._negligible * weight
+            self._owner[where] = owner.masked_fill_(others_matter, -1)
+            if self._needed is not None:
+                self._needed[where] = (resp > self._negligible * weight).T
+        # Statistics know a bound to the digits that the monomials keep: see `ill`.
+        for k in posterior.components.ill.tolist():
+            self._owner[self._owner == k] = -1
         return totals.result()
 
-    def _restricted_pass(self, posterior: Posterior) -> tuple[Moments, float]:
-        """Visit the active pairs: P of them, one component after another."""
+    def _choose(self, posterior: Posterior) -> _Focus | None:
+        """Return where to look, or None if it is nearly everywhere.
+
+        `posterior` is that of the full pass.
+        """
+        components, N = posterior.components, self._rows.n_rows
+        K = components.mean.shape[0]
+        visited = (self._owner < 0).nonzero()[:, 0]  # (R,)
+        pairs = None
+        if self._needed is not None:
+            pairs = [column.nonzero()[:, 0] for column in self._needed[visited].T]
+            if sum(index.numel() for index in pairs) > _LARGEST_SHARE_OF_PAIRS * N * K:
+                return None
+        elif len(visited) > _LARGEST_SHARE_OF_ROWS * N:
+            return None
+        return _Focus(self._settled_moments(components), visited, pairs)
+
+    def _settled_moments(self, components: Components) -> Moments:
+        """Return the statistics of the settled rows, each under its owner."""
+        (K, D), sums = components.mean.shape, None
+        for where, x, weight in self._rows.blocks(floats_per_row(components)):
+            settled = (self._owner[where] >= 0).double() * weight
+            owner = self._owner[where].clamp(min=0)  # (B,)
+            resp = self._rows.workspace.take("resp", x, K, len(x)).zero_()
+            resp.scatter_(0, owner[None], settled[None])
+            # About the mean of the owner: the clusters may shrink before the next full pass.
+            diff = x - components.mean[owner]
+            out = self._rows.workspace.take("monomials", x, components.n_monomials(D), len(x))
+            sums = add_to(sums, components.sums(diff, components.monomials(diff, out=out), resp))
+        assert sums is not None  # rows are never empty
+        return components.unpack(components.mean, sums)
+
+    def _restricted_pass(self, posterior: Posterior, focus: _Focus) -> tuple[Moments, float]:
+        """Visit active rows or pairs; settled rows are known from their statistics."""
+        settled, visited, pairs = focus
+        if not len(visited):
+            return settled, energy(posterior, settled)
+        if pairs is None:
+            moments, local = self._visit(posterior, visited)
+        else:
+            moments, local = self._visit_pairs(posterior, visited, pairs)
+        # A settled responsibility is one: its entropy is zero, and its energy is its bound.
+        return posterior.components.merge(settled, moments), energy(posterior, settled) + local
+
+    def _visit(self, posterior: Posterior, visited: Tensor) -> tuple[Moments, float]:
+        """Visit rows as a full pass does."""
+        totals = Totals(posterior, self._rows.device, self._rows.workspace)
+        size = block_rows(floats_per_row(posterior.components), self._rows.device)
+        for index in visited.split(size):
+            # Most rows of a block are visited, so each feature is read nearly in sequence.
+            totals.add(self._x.T.index_select(1, index).T, self._weight[index])
+        return totals.result()
+
+    def _visit_pairs(
+        self, posterior: Posterior, visited: Tensor, pairs: list[Tensor]
+    ) -> tuple[Moments, float]:
+        """Visit active pairs: P of them, one component after another."""
         components, E_log_pi = posterior.components, posterior.weights.E_log()
         _ = components.log_prob_constant  # computed here, once, it is inherited by each part
-        parts = [components.take(torch.tensor([k])) for k in range(len(self._active))]
-        rows = torch.cat(self._active)  # (P,)
+        parts = [components.take(torch.tensor([k])) for k in range(len(pairs))]
+        weight = self._weight[visited]  # (R,)
+        rows = torch.cat(pairs)  # (P,), places in `visited`
+        chunks = [visited[index].split(_CHUNK_ROWS) for index in pairs]  # rows of each component
         log_rho = torch.cat(
             [
                 part.E_log_prob(part.centred_distance(self._x.index_select(0, chunk) - part.mean))[
@@ -109,15 +224,15 @@ class AlternatingAscent:
                 ]
                 + E_log_pi[k]
                 for k, part in enumerate(parts)
-                for chunk in self._active[k].split(_CHUNK_ROWS)
+                for chunk in chunks[k]
             ]
         )  # (P,)
-        largest = log_rho.new_full(self._weight.shape, -torch.inf)
-        largest.scatter_reduce_(0, rows, log_rho, "amax")  # (N,)
+        largest = log_rho.new_full(weight.shape, -torch.inf)
+        largest.scatter_reduce_(0, rows, log_rho, "amax")  # (R,)
         resp = log_rho.sub_(largest[rows]).exp_()
-        total = torch.zeros_like(self._weight).index_add_(0, rows, resp)
-        bound = self._weight @ (largest + total.log())
-        resp.mul_((self._weight / total)[rows])
+        total = torch.zeros_like(weight).index_add_(0, rows, resp)
+        bound = weight @ (largest + total.log())
+        resp.mul_((weight / total)[rows])
 
         counts = torch.zeros_like(E_log_pi)
         first = torch.zeros_like(components.mean)
@@ -125,7 +240,7 @@ class AlternatingAscent:
         start = 0
         for k, part in enumerate(parts):
             into = second[k % len(second)]  # Tied: one scatter for all
-            for chunk in self._active[k].split(_CHUNK_ROWS):
+            for chunk in chunks[k]:
                 r = resp[start : start + len(chunk)]
                 start += len(chunk)
                 diff = self._x.index_select(0, chunk) - part.mean  # (B, D)

@@ -87,7 +87,9 @@ class LogRho:
     def __call__(self, x: Tensor, monomials: Tensor, out: Tensor | None = None) -> Tensor:
         """Return it for rows (B, D) and their monomials (F, B), shape (K, B); in `out` if given."""
         result = torch.mm(self._form, monomials, out=out)
-        self._components.add_common(result, x)
+        common = self._components.common(x)
+        if common is not None:
+            result.add_(common)
         if self._ill is not None:
             some, index = self._ill, self._components.ill
             centred = some.E_log_prob(some.centred_distance(x - some.mean[:, None, :]))

@@ -261,8 +261,9 @@ class Components(ABC):
         form[:, 0] += self.log_prob_constant + offset  # the first monomial is 1
         return form
 
-    def add_common(self, log_prob: Tensor, x: Tensor) -> None:
-        """Add to `log_prob` (K, B) of rows (B, D) what a linear form leaves out: nothing."""
+    def common(self, x: Tensor) -> Tensor | None:
+        """Return what the linear form leaves out, the same for every component: (B,), or None."""
+        return None
 
     @cached_property
     def log_prob_constant(self) -> Tensor:
@@ -482,8 +483,8 @@ class Tied(_Wishart):
             return self.centred_distance(x - self.mean[:, None, :])
         return (self.coefficients @ monomials).add_(self._square(x))
 
-    def add_common(self, log_prob: Tensor, x: Tensor) -> None:
-        log_prob.sub_(0.5 * self.dof * self._square(x))
+    def common(self, x: Tensor) -> Tensor:
+        return -0.5 * self.dof * self._square(x)
 
     def _square(self, x: Tensor) -> Tensor:
         """``x' W x`` of rows (B, D), the same for every component; shape (B,)."""
