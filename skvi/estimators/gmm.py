@@ -376,7 +376,7 @@ class VariationalGMM(
         change_of_units = total * affine.log_abs_det
         ascend = bound.coordinate_ascent(prior, rows)
         alternating = None
-        if active.pays(rows):
+        if active.pays(rows, type(prior.components), self.n_components):
             # What passes over active components give away stays far below the tolerance.
             negligible = max(1e-3 * self.tol / self.n_components, 1e-16)
             ascend = alternating = AlternatingAscent(

@@ -35,19 +35,22 @@ _PERIOD = 7
 _LARGEST_SHARE_OF_PAIRS = 0.2
 # A row that is visited costs a little more than in a full pass.
 _LARGEST_SHARE_OF_ROWS = 0.8
-# From this many multiplications a row, choosing pairs costs less than the products of all.
+# From this many multiplications a row in a product, leaving out rows is worth the noting; and
+# from so many, choosing pairs costs less than the products of all.
+_WORTHWHILE_PRODUCT = 1000
 _LONG_PRODUCT = 5000
 # The table of pairs and their lists may take this many bytes.
 _PAIRS_BYTES = 1 << 26
 _CHUNK_ROWS = 4096
 
 
-def pays(rows: Rows) -> bool:
+def pays(rows: Rows, shape: type[Components], n_components: int) -> bool:
     """Whether leaving out is worth it: not where rows are converted anew in every pass.
 
     Nor on a GPU, where many small products are slower than one large one.
     """
-    return rows.kept and rows.device.type == "cpu"
+    long = n_components * shape.n_monomials(rows.n_features) >= _WORTHWHILE_PRODUCT
+    return long and rows.kept and rows.device.type == "cpu"
 
 
 class _Focus(NamedTuple):
