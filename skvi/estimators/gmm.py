@@ -308,7 +308,8 @@ class VariationalGMM(
 
     def _fit_cold(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
         affine = self._fitted_units(X, weight)
-        rows = Rows(X, affine, device, weight, keep=True)
+        layout = active.layout(COMPONENTS[self.covariance_type], self.n_components, X.shape[1])
+        rows = Rows(X, affine, device, weight, keep=layout)
         hyper = self._hyperparameters(rows, affine, float(weight.sum()))
         prior = self._prior(hyper, affine, device)
         rng = make_rng(draw_seed(self.random_state))
@@ -350,7 +351,8 @@ class VariationalGMM(
                 "changed. Set warm_start=False, or fit a clone."
             )
         self._check_reach(X, affine)
-        rows = Rows(X, affine, device, weight, keep=True)
+        layout = active.layout(COMPONENTS[self.covariance_type], self.n_components, X.shape[1])
+        rows = Rows(X, affine, device, weight, keep=layout)
         before = _Hyperparameters(
             self.weight_concentration_prior_,
             self.mean_precision_prior_,

@@ -1,7 +1,7 @@
 """Row blocks: a pass over data is a loop over blocks that fit the cache or the device."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -88,9 +88,10 @@ class Rows:
     device : torch.device
     weight : ndarray of shape (N,), optional
         Sample weights; None stands for ones.
-    keep : bool, default=False
-        Whether to convert the rows once and keep them, if that is a small amount of memory: for
-        rows that many passes will read.
+    keep : {"rows", "columns"} or None, default=None
+        For rows that many passes will read: convert them once and keep them, if that is a small
+        amount of memory. They lie row by row, for whoever gathers rows, or column by column, for
+        whoever multiplies columns.
 
     Attributes
     ----------
@@ -107,7 +108,7 @@ class Rows:
         device: torch.device,
         weight: np.ndarray | None = None,
         *,
-        keep: bool = False,
+        keep: Literal["rows", "columns"] | None = None,
     ) -> None:
         self.n_rows, self.n_features = X.shape
         self.dtype = X.dtype
@@ -115,15 +116,21 @@ class Rows:
         self._X = X
         self._affine = affine
         self._weight = np.ones(self.n_rows) if weight is None else weight
-        keep &= 8 * X.size <= _RESIDENT_BYTES
-        keep |= device.type != "cpu"
-        self.kept = keep
-        self._resident: tuple[Tensor, Tensor] | None = None
-        if keep:
-            x, s = self._convert(slice(0, self.n_rows))
-            # Feature by feature in memory: monomials of a block are products of columns.
-            self._resident = x.T.contiguous().T, s
+        if device.type != "cpu":
+            keep = keep or "rows"
+        elif 8 * X.size > _RESIDENT_BYTES:
+            keep = None
+        self.kept = keep is not None
+        self._resident = None if keep is None else self._keep(keep)
         self.workspace = Workspace()
+
+    def _keep(self, layout: Literal["rows", "columns"]) -> tuple[Tensor, Tensor]:
+        kept = torch.empty(self.n_features, self.n_rows, dtype=torch.float64, device=self.device)
+        kept = kept.T if layout == "columns" else kept.view(self.n_rows, self.n_features)
+        weight = torch.empty(self.n_rows, dtype=torch.float64, device=self.device)
+        for rows in row_slices(self.n_rows, block_rows(self.n_features, self.device)):
+            kept[rows], weight[rows] = self._convert(rows)
+        return kept, weight
 
     def _convert(self, rows: slice | np.ndarray) -> tuple[Tensor, Tensor]:
         x = np.array(self._X[rows], dtype=np.float64)  # a copy: the input is never written to

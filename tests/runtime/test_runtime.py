@@ -65,14 +65,18 @@ class TestBlocks:
         covered = np.concatenate([np.arange(n_rows)[rows] for rows in row_slices(n_rows, step)])
         assert_array_equal(covered, np.arange(n_rows))
 
+    @pytest.mark.parametrize("keep", [None, "rows", "columns"])
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-    def test_rows_convert_shift_and_scale_without_touching_the_input(self, dtype, device, rng):
+    def test_rows_convert_shift_and_scale_without_touching_the_input(
+        self, dtype, keep, device, rng
+    ):
         X = np.asfortranarray(rng.normal(size=(300, 4)).astype(dtype) + dtype(1e4))
         before = X.copy()
         X.flags.writeable = False
         affine = Affine(X.mean(0, dtype=float), X.std(0, dtype=float))
         weight = rng.uniform(size=300)
-        rows = Rows(X, affine, torch.device(device), weight)
+        rows = Rows(X, affine, torch.device(device), weight, keep=keep)
+        assert rows.kept == (keep is not None or device == "cuda")
         expected = (X.astype(float) - affine.shift) / affine.scale
         seen = list(rows.blocks(1 << 20))
         assert len(seen) > 1 or device == "cuda"
@@ -81,6 +85,19 @@ class TestBlocks:
         picked = np.array([5, 299, 5])
         assert_array_equal(rows[picked][0].cpu(), expected[picked])
         assert_array_equal(X, before)
+
+    def test_rows_beyond_the_budget_are_not_kept(self, rng, monkeypatch):
+        X = rng.normal(size=(100, 3))
+        monkeypatch.setattr(blocks, "_RESIDENT_BYTES", X.nbytes - 1)
+        assert not Rows(X, Affine(np.zeros(3), np.ones(3)), CPU, keep="rows").kept
+
+    def test_memory_is_used_again(self):
+        workspace, like = blocks.Workspace(), torch.zeros((), dtype=torch.float64)
+        first = workspace.take("a", like, 3, 4)
+        assert first.shape == (3, 4)
+        assert workspace.take("a", like, 2, 5).data_ptr() == first.data_ptr()
+        assert workspace.take("b", like, 2, 5).data_ptr() != first.data_ptr()
+        assert workspace.take("a", like, 5, 5).shape == (5, 5)
 
     def test_blocks_grow_with_the_budget(self, monkeypatch):
         small = blocks.block_rows(1000, CPU)

@@ -13,7 +13,7 @@ what it returns is a lower bound still, and it rises by itself. What it gives aw
 `negligible` nats for each pair left out.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,13 +44,25 @@ _PAIRS_BYTES = 1 << 26
 _CHUNK_ROWS = 4096
 
 
+def layout(
+    shape: type[Components], n_components: int, n_features: int
+) -> Literal["rows", "columns"]:
+    """How :class:`Rows` should keep what passes read: pairs are gathered from rows."""
+    return "rows" if _product(shape, n_components, n_features) >= _LONG_PRODUCT else "columns"
+
+
 def pays(rows: Rows, shape: type[Components], n_components: int) -> bool:
     """Whether leaving out is worth it: not where rows are converted anew in every pass.
 
     Nor on a GPU, where many small products are slower than one large one.
     """
-    long = n_components * shape.n_monomials(rows.n_features) >= _WORTHWHILE_PRODUCT
+    long = _product(shape, n_components, rows.n_features) >= _WORTHWHILE_PRODUCT
     return long and rows.kept and rows.device.type == "cpu"
+
+
+def _product(shape: type[Components], n_components: int, n_features: int) -> int:
+    """Multiplications a row in each of the two products of a full pass."""
+    return n_components * shape.n_monomials(n_features)
 
 
 class _Focus(NamedTuple):
@@ -104,7 +116,7 @@ class AlternatingAscent:
         self._owner = torch.empty(N, dtype=torch.int64)  # of settled rows; -1 for the others
         # A pair is a byte of the table, and at most a fifth of all are listed in eight bytes.
         self._in_pairs = (
-            K * type(prior.components).n_monomials(rows.n_features) >= _LONG_PRODUCT
+            _product(type(prior.components), K, rows.n_features) >= _LONG_PRODUCT
             and 3 * N * K <= _PAIRS_BYTES
         )
         self._needed = torch.empty(N, K, dtype=torch.bool) if self._in_pairs else None
