@@ -52,6 +52,8 @@ class AlternatingAscent:
         Responsibilities below this are left out.
     """
 
+    rises = True
+
     def __init__(self, prior: Posterior, rows: Rows, *, max_iter: int, negligible: float) -> None:
         K = prior.weights.E_log().shape[0]
         self._prior = prior
