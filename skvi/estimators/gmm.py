@@ -26,10 +26,14 @@ from skvi.inference.loop import Solution, climb
 from skvi.inference.monitor import Monitor, Status
 from skvi.models.mixture import active, bound, start
 from skvi.models.mixture.active import AlternatingAscent
-from skvi.models.mixture.bound import Posterior, State
+from skvi.models.mixture.ascent import Ascent, CoordinateAscent, count_batches
+from skvi.models.mixture.bound import Posterior, Share, State
 from skvi.models.mixture.components import COMPONENTS, Components
+from skvi.models.mixture.memoized import MemoizedAscent
+from skvi.models.mixture.stochastic import StochasticAscent
 from skvi.models.mixture.weights import WEIGHTS
 from skvi.models.terms import ElboTerms
+from skvi.runtime.batches import Batches
 from skvi.runtime.blocks import Affine, Rows
 from skvi.runtime.linalg import inv_chol
 from skvi.runtime.moments import weighted_moments
@@ -61,11 +65,21 @@ class _Hyperparameters(NamedTuple):
 
 
 class _Model(NamedTuple):
-    """What a fit found, in fitted units ``(x - shift) / scale``; NumPy arrays only."""
+    """What a fit found, in fitted units ``(x - shift) / scale``; NumPy arrays only.
+
+    Attributes
+    ----------
+    affine : Affine
+    prior, posterior : Posterior
+    share : Share
+        Statistics of all rows seen; the entropy is that of their responsibilities in the units
+        of X, which is all that `partial_fit` needs to know of them.
+    """
 
     affine: Affine
     prior: Posterior
     posterior: Posterior
+    share: Share
 
     def on(self, device: torch.device) -> tuple[Posterior, Posterior]:
         """Return posterior and prior as tensors on `device`."""
@@ -122,18 +136,35 @@ class VariationalGMM(
         chose ("kmeans": refined by Lloyd's algorithm; "random_from_data": distinct random
         rows), or are random. Distances are taken in units of each feature's spread, except for
         "spherical". Every start gives integer `sample_weight` the effect of repeated rows.
+    algorithm : {"auto", "cavi", "memoized", "svi"}, default="auto"
+        How the bound is climbed. "cavi": coordinate ascent, passes over all rows. "memoized":
+        laps over batches that update the posterior after each batch; the bound is exact and
+        rises, and the summits are those of "cavi". "svi": stochastic natural-gradient steps on
+        batches, whose length falls. "auto": AUTORULE
+    batch_size : int or "auto", default="auto"
+        Weight of a batch of "memoized" and "svi": its number of rows, if every row counts once.
+        Batches are random, but the same for repeated rows as for weighted ones. "auto" makes
+        up to twenty, whose statistics take at most 64 MB. "cavi" has no batches.
+    learning_offset : float, default=10.0
+        tau of "svi", at least 1. Step t = 0, 1, ... has the length ``(t + tau) ** -kappa``, where 1
+        stands for the update that the batch alone would make.
+    learning_decay : float, default=0.7
+        kappa of "svi", in (0.5, 1].
     n_init : int, default=1
         Number of starts; the fit with the highest bound is kept.
     max_iter : int, default=1000
         Limit of the passes over the data, per start.
     tol : float, default=1e-5
         A start has converged when a pass raises the bound by less than `tol` nats per row (per
-        unit of total weight).
+        unit of total weight). Passes that update the posterior on the way, or leave something
+        out, are followed by one that does neither: the limit counts it, and "cavi" and
+        "memoized" go on if it does not confirm.
     device : str or torch.device, default="auto"
         "auto": the device of X if it is a tensor, else CUDA if there is one, else the CPU. An
         explicit device that is missing is an error.
     random_state : int, RandomState instance or None, default=None
-        Seeds the starts. None draws fresh entropy; NumPy's global state is never touched.
+        Seeds the starts and the batches. None draws fresh entropy; NumPy's global state is never
+        touched.
     warm_start : bool, default=False
         Continue from the posterior of the previous fit, in one start whatever `n_init` is. Its
         priors are kept too, except for those that are given as parameters.
@@ -168,15 +199,21 @@ class VariationalGMM(
     covariance_prior_ : ndarray or float
         The priors that were used, in the units of X.
     elbo_ : float
-        The bound on ``log p(X)`` in nats: ``sum_n s_n score_samples(X)[n] - kl_``.
+        The bound on ``log p(X)`` in nats: ``sum_n s_n score_samples(X)[n] - kl_``. After
+        `partial_fit` of another block, see there.
     kl_ : float
         ``KL(q(pi, mu, Lambda) || p(pi, mu, Lambda))`` in nats.
     elbo_history_ : list of float
-        The bound after each pass of the kept start; the last entry is ``elbo_``.
+        The bound after each pass of the kept start; the last entry is ``elbo_``. After a pass over
+        batches it is the exact bound of the posterior then and of the responsibilities that each
+        batch had at its visit. `partial_fit` adds an entry per call, on all rows so far.
     n_iter_ : int
-        Passes of the kept start.
+        Passes of the kept start; `partial_fit` makes one more per call.
     converged_ : bool
-        Whether the kept start reached `tol`.
+        Whether the kept start reached `tol`. False after `partial_fit` of another block, since
+        no row is visited twice.
+    n_samples_seen_ : float
+        Sum of the sample weights of all rows of the last `fit` and of `partial_fit` since.
     n_features_in_ : int
     feature_names_in_ : ndarray of shape (n_features_in_,)
         Only if X had feature names that are all strings.
@@ -190,6 +227,9 @@ class VariationalGMM(
     ----------
     Bishop (2006), Pattern Recognition and Machine Learning, section 10.2.
     Blei & Jordan (2006), Variational inference for Dirichlet process mixtures, Bayesian Analysis.
+    Hughes & Sudderth (2013), Memoized online variational inference for Dirichlet process mixture
+    models. Hoffman, Blei, Wang & Paisley (2013), Stochastic variational inference. Broderick et
+    al. (2013), Streaming variational Bayes.
 
     Examples
     --------
@@ -214,6 +254,10 @@ class VariationalGMM(
         "degrees_of_freedom_prior": [None, Interval(Real, 0.0, None, closed="neither")],
         "covariance_prior": [None, "array-like", Interval(Real, 0.0, None, closed="neither")],
         "init_params": [StrOptions({"k-means++", "kmeans", "random_from_data", "random"})],
+        "algorithm": [StrOptions({"auto", "cavi", "memoized", "svi"})],
+        "batch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+        "learning_offset": [Interval(Real, 1.0, None, closed="left")],
+        "learning_decay": [Interval(Real, 0.5, 1.0, closed="right")],
         "n_init": [Interval(Integral, 1, None, closed="left")],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0.0, None, closed="left")],
@@ -235,6 +279,10 @@ class VariationalGMM(
         degrees_of_freedom_prior: float | None = None,
         covariance_prior: Any = None,
         init_params: str = "k-means++",
+        algorithm: str = "auto",
+        batch_size: int | str = "auto",
+        learning_offset: float = 10.0,
+        learning_decay: float = 0.7,
         n_init: int = 1,
         max_iter: int = 1000,
         tol: float = 1e-5,
@@ -252,6 +300,10 @@ class VariationalGMM(
         self.degrees_of_freedom_prior = degrees_of_freedom_prior
         self.covariance_prior = covariance_prior
         self.init_params = init_params
+        self.algorithm = algorithm
+        self.batch_size = batch_size
+        self.learning_offset = learning_offset
+        self.learning_decay = learning_decay
         self.n_init = n_init
         self.max_iter = max_iter
         self.tol = tol
@@ -287,24 +339,78 @@ class VariationalGMM(
             `covariance_prior`; for a `warm_start` from a fit of another shape.
         """
         with self._all_or_nothing():
-            door = self._door(X, reset=True, ensure_min_samples=2)
-            weight = self._weights(sample_weight, door.X)
-            X, weight = without_weightless(weight, door.X)
-            try:
-                if self.warm_start and hasattr(self, "_model"):
-                    self._fit_warm(X, weight, door.device)
-                else:
-                    self._fit_cold(X, weight, door.device)
-            except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
-                raise ValueError(_EXTREME) from error
+            self._fit(X, sample_weight, warm=self.warm_start and hasattr(self, "_model"))
+        self._warn_unless_converged()
+        return self
+
+    @fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        r"""Learn from the next block of a stream: streaming variational Bayes.
+
+        The first block is fitted as by :meth:`fit`; it sets the units, the default priors and the
+        start, so it should be large, or come with `mean_prior` and `covariance_prior`. Each later
+        block is visited once: its statistics S under the current responsibilities (those of
+        :meth:`transform`) are added to those of all rows before, and the posterior becomes
+
+        .. math::
+            q \propto p(\theta) \exp \langle \eta(\theta), S_1 + S_2 + \dots \rangle,
+
+        so the posterior so far is the prior of the next block. The order of blocks matters only
+        through the responsibilities, which is little once clusters are known. Continues after
+        `fit` as well; `fit` starts anew.
+
+        `elbo_` is then the exact bound of the posterior and of the responsibilities that each row
+        had at its visit, on all rows so far: a lower bound of what another pass over them would
+        say, ``sum_n s_n score_samples(X)[n] - kl_``.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            The first block needs two rows.
+        y : Ignored
+        sample_weight : array-like of shape (n_samples,), default=None
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            As in :meth:`fit`; if `n_components`, `covariance_type` or
+            `weight_concentration_prior_type` has changed. The estimator then stays as it was.
+        """
+        first = not hasattr(self, "_model")
+        with self._all_or_nothing():
+            if first:
+                self._fit(X, sample_weight, warm=False)
+            else:
+                self._add_block(X, sample_weight)
+        if first:
+            self._warn_unless_converged()
+        return self
+
+    def _fit(self, X: Any, sample_weight: Any, *, warm: bool) -> None:
+        door = self._door(X, reset=True, ensure_min_samples=2)
+        weight = self._weights(sample_weight, door.X)
+        X, weight = without_weightless(weight, door.X)
+        try:
+            if warm:
+                self._fit_warm(X, weight, door.device)
+            else:
+                self._fit_cold(X, weight, door.device)
+        except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
+            raise ValueError(_EXTREME) from error
+        self.n_samples_seen_ = float(weight.sum())
+
+    def _warn_unless_converged(self) -> None:
         if not self.converged_:
             warnings.warn(
                 f"The bound had not converged to tol={self.tol:g} nats per row after "
                 f"{self.n_iter_} passes; increase max_iter or tol.",
                 ConvergenceWarning,
-                stacklevel=3,  # past the decorator, to the caller of fit
+                stacklevel=4,  # past the decorator, to the caller of fit
             )
-        return self
 
     def _fit_cold(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
         affine = self._fitted_units(X, weight)
@@ -320,7 +426,7 @@ class VariationalGMM(
                 self.init_params, rows, type(prior.components), self.n_components, rng
             )
             try:
-                solution = self._climb(prior, rows, State(prior, moments), affine, weight)
+                solution = self._climb(prior, rows, State(prior, moments), affine, weight, rng)
             except (ValueError, torch.linalg.LinAlgError) as error:
                 failure = error  # one start may fail where others do not
                 continue
@@ -332,6 +438,41 @@ class VariationalGMM(
 
     def _fit_warm(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
         """Continue from the previous posterior, in its units, with its priors unless given."""
+        rows, posterior, prior, hyper = self._resume("warm_start=True", X, weight, device)
+        moments, _ = bound.expectation(posterior, rows)
+        rng = make_rng(draw_seed(self.random_state))
+        affine = self._model.affine
+        solution = self._climb(prior, rows, State(posterior, moments), affine, weight, rng)
+        self._publish(solution, prior, hyper, affine)
+
+    def _add_block(self, X: Any, sample_weight: Any) -> None:
+        """Visit the rows once, and add their share to that of the rows before."""
+        door = self._door(X, reset=False)
+        weight = self._weights(sample_weight, door.X)
+        X, weight = without_weightless(weight, door.X)
+        affine = self._model.affine
+        rows, posterior, prior, hyper = self._resume("partial_fit", X, weight, door.device)
+        moments, local = bound.expectation(posterior, rows)
+        block = bound.share(posterior, moments, local - float(weight.sum()) * affine.log_abs_det)
+        seen = self._model.share.map(lambda array: torch.as_tensor(array, device=door.device))
+        total = seen.merge(block, type(prior.components))
+        total = total._replace(moments=prior.ordered(total.moments))
+        try:
+            posterior = prior.update(total.moments)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(_EXTREME) from error
+        value = total.bound(posterior, prior)
+        if not np.isfinite(value):
+            raise ValueError(_EXTREME)
+        history = [*self.elbo_history_, value]
+        state = State(posterior, total.moments)
+        self._publish(Solution(state, history, Status.MAX_ITER), prior, hyper, affine)
+        self.n_samples_seen_ += float(weight.sum())
+
+    def _resume(
+        self, what: str, X: np.ndarray, weight: np.ndarray, device: torch.device
+    ) -> tuple[Rows, Posterior, Posterior, _Hyperparameters]:
+        """Return rows in the fitted units, the posterior, and the prior with new parameters."""
         affine = self._model.affine
         posterior, _ = self._model.on(device)
         wanted = (
@@ -346,9 +487,9 @@ class VariationalGMM(
         )
         if wanted != found:
             raise ValueError(
-                "warm_start=True cannot continue the previous fit: covariance_type, "
+                f"{what} cannot continue the previous fit: covariance_type, "
                 "weight_concentration_prior_type, n_components or the number of features has "
-                "changed. Set warm_start=False, or fit a clone."
+                "changed. Fit anew (with warm_start=False), or fit a clone."
             )
         self._check_reach(X, affine)
         layout = active.layout(COMPONENTS[self.covariance_type], self.n_components, X.shape[1])
@@ -361,10 +502,7 @@ class VariationalGMM(
             self.covariance_prior_,
         )
         hyper = self._hyperparameters(rows, affine, float(weight.sum()), before)
-        prior = self._prior(hyper, affine, device)
-        moments, _ = bound.expectation(posterior, rows)
-        solution = self._climb(prior, rows, State(posterior, moments), affine, weight)
-        self._publish(solution, prior, hyper, affine)
+        return rows, posterior, self._prior(hyper, affine, device), hyper
 
     def _climb(
         self,
@@ -373,17 +511,11 @@ class VariationalGMM(
         state: State,
         affine: Affine,
         weight: np.ndarray,
+        rng: np.random.Generator,
     ) -> Solution[State]:
         total = float(weight.sum())
         change_of_units = total * affine.log_abs_det
-        ascend = bound.coordinate_ascent(prior, rows)
-        alternating = None
-        if active.pays(rows, type(prior.components), self.n_components):
-            # What passes over active components give away stays far below the tolerance.
-            negligible = max(1e-3 * self.tol / self.n_components, 1e-16)
-            ascend = alternating = AlternatingAscent(
-                prior, rows, max_iter=self.max_iter, negligible=negligible
-            )
+        ascend = self._ascent(prior, rows, total, rng)
 
         def step(state: State) -> tuple[State, float]:
             state, value = ascend(state)
@@ -391,18 +523,40 @@ class VariationalGMM(
 
         monitor = Monitor(self.tol, scale=total, verbose=self.verbose, name="VariationalGMM")
         solution = climb(step, state, max_iter=self.max_iter, monitor=monitor)
-        while (
-            alternating is not None
-            and solution.status is Status.CONVERGED
-            and not alternating.looked_at_everything
-        ):
-            # Only a full pass may say so.
-            alternating.look_at_everything()
-            left = self.max_iter - solution.n_iter
+        while solution.status is Status.CONVERGED and not ascend.looked_at_everything:
+            # Only a full pass may say so; after steps that rise and fall it is asked once.
+            ascend.look_at_everything()
+            left = self.max_iter - solution.n_iter if ascend.rises else 1
             solution = climb(step, solution.state, max_iter=left, monitor=monitor)
+            if not ascend.rises and solution.status is Status.MAX_ITER:
+                solution = solution._replace(status=Status.CONVERGED)
         if solution.status is Status.NON_FINITE:
             raise ValueError(_EXTREME)
         return solution
+
+    def _ascent(
+        self, prior: Posterior, rows: Rows, total: float, rng: np.random.Generator
+    ) -> Ascent:
+        """Return the steps of `algorithm` for rows of weight `total`."""
+        shape, K = type(prior.components), self.n_components
+        if self.algorithm in {"auto", "cavi"}:
+            if active.pays(rows, shape, K):
+                # What passes over active components give away stays far below the tolerance.
+                negligible = max(1e-3 * self.tol / K, 1e-16)
+                return AlternatingAscent(prior, rows, max_iter=self.max_iter, negligible=negligible)
+            return CoordinateAscent(prior, rows)
+        n_batches = count_batches(self.batch_size, total, shape, K, rows.n_features)
+        batches = Batches(rows, n_batches, rng)
+        if self.algorithm == "memoized":
+            return MemoizedAscent(prior, batches, max_iter=self.max_iter)
+        return StochasticAscent(
+            prior,
+            batches,
+            rng,
+            offset=float(self.learning_offset),
+            decay=float(self.learning_decay),
+            max_iter=self.max_iter,
+        )
 
     def _fitted_units(self, X: np.ndarray, weight: np.ndarray) -> Affine:
         """Shift to the mean and scale to unit spread: exact changes of variables of the model."""
@@ -562,8 +716,11 @@ class VariationalGMM(
         self.mean_prior_ = hyper.mean
         self.degrees_of_freedom_prior_ = hyper.degrees_of_freedom
         self.covariance_prior_ = hyper.covariance
-        posterior = solution.state.posterior
-        self._model = _Model(affine, prior.map(to_numpy), posterior.map(to_numpy))
+        posterior, moments = solution.state
+        kl = float(posterior.kl(prior))
+        share = bound.share(posterior, moments, solution.bound + kl)
+        records = (prior.map(to_numpy), posterior.map(to_numpy), share.map(to_numpy))
+        self._model = _Model(affine, *records)
         self._n_features_out = self.n_components
         components = posterior.components
         covariances = to_numpy(components.covariances())
@@ -600,7 +757,7 @@ class VariationalGMM(
         parameters = tuple(vars(self._model.posterior.weights).values())
         self.weight_concentration_ = parameters[0] if len(parameters) == 1 else parameters
         self.elbo_ = solution.bound
-        self.kl_ = float(posterior.kl(prior))
+        self.kl_ = kl
         self.elbo_history_ = solution.history
         self.n_iter_ = solution.n_iter
         self.converged_ = solution.status is Status.CONVERGED
@@ -618,23 +775,20 @@ class VariationalGMM(
         self._check_reach(door.X, self._model.affine)
         return Rows(door.X, self._model.affine, door.device)
 
-    def _per_row(
+    def _fill(
         self,
+        out: np.ndarray,
         rows: Rows,
         function: Callable[[Posterior, Posterior, torch.Tensor], torch.Tensor],
         width: Callable[[Components], int] = bound.floats_per_row,
-    ) -> np.ndarray:
-        """Apply ``function(posterior, prior, x)``, (B, D) -> (..., B), block by block.
+    ) -> None:
+        """Write ``function(posterior, prior, x)``, (B, D) -> (..., B), into `out` (..., N).
 
-        Returns
-        -------
-        ndarray of shape (..., n_samples)
+        Block by block: what is in memory besides `out` does not grow with the rows.
         """
         posterior, prior = self._model.on(rows.device)
-        blocks = rows.blocks(width(posterior.components))
-        return np.concatenate(
-            [function(posterior, prior, x).cpu().numpy() for _, x, _ in blocks], axis=-1
-        )
+        for where, x, _ in rows.blocks(width(posterior.components)):
+            out[..., where] = function(posterior, prior, x).cpu().numpy()
 
     def _check_reach(self, X: np.ndarray, affine: Affine) -> None:
         with np.errstate(over="ignore"):
@@ -659,11 +813,13 @@ class VariationalGMM(
             ``reconstruction - kl = energy + entropy = score_samples(X)``, each of shape
             (n_samples,). The kl is against ``exp E[log pi]``, which is not normalised.
         """
-        reconstruction, kl, energy, entropy = self._per_row(
-            self._rows(X), lambda posterior, _, x: torch.stack(bound.elbo_terms(posterior, x))
-        )
-        log_scale = self._model.affine.log_abs_det
-        return ElboTerms(reconstruction - log_scale, kl, energy - log_scale, entropy)
+        rows = self._rows(X)
+        out = np.empty((4, rows.n_rows))
+        self._fill(out, rows, lambda posterior, _, x: torch.stack(bound.elbo_terms(posterior, x)))
+        terms = ElboTerms(*out)
+        for part in (terms.reconstruction, terms.energy):
+            part -= self._model.affine.log_abs_det
+        return terms
 
     def score_samples(self, X: Any) -> np.ndarray:
         r"""Return the local bound of each row under the fitted posterior, in nats.
@@ -682,10 +838,11 @@ class VariationalGMM(
         -------
         ndarray of shape (n_samples,)
         """
-        local = self._per_row(
-            self._rows(X), lambda posterior, _, x: bound.local_bound(posterior, x)
-        )
-        return local - self._model.affine.log_abs_det
+        rows = self._rows(X)
+        local = np.empty(rows.n_rows)
+        self._fill(local, rows, lambda posterior, _, x: bound.local_bound(posterior, x))
+        local -= self._model.affine.log_abs_det
+        return local
 
     def log_predictive(self, X: Any) -> np.ndarray:
         """Return the log posterior predictive density of each row, in nats.
@@ -701,10 +858,11 @@ class VariationalGMM(
         -------
         ndarray of shape (n_samples,)
         """
-        density = self._per_row(
-            self._rows(X), bound.log_predictive, bound.predictive_floats_per_row
-        )
-        return density - self._model.affine.log_abs_det
+        rows = self._rows(X)
+        density = np.empty(rows.n_rows)
+        self._fill(density, rows, bound.log_predictive, bound.predictive_floats_per_row)
+        density -= self._model.affine.log_abs_det
+        return density
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Return the weighted mean of `score_samples`: the bound in nats per row.
@@ -736,8 +894,9 @@ class VariationalGMM(
             In the dtype of X (float64 or float32).
         """
         rows = self._rows(X)
-        resp = self._per_row(rows, lambda posterior, _, x: bound.responsibilities(posterior, x))
-        return np.ascontiguousarray(resp.T, dtype=rows.dtype)
+        resp = np.empty((rows.n_rows, self._n_features_out), dtype=rows.dtype)
+        self._fill(resp.T, rows, lambda posterior, _, x: bound.responsibilities(posterior, x))
+        return resp
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return the responsibilities of each row, as `transform` does."""
@@ -754,9 +913,10 @@ class VariationalGMM(
         -------
         ndarray of shape (n_samples,), int64
         """
-        return self._per_row(
-            self._rows(X), lambda posterior, _, x: bound.responsibilities(posterior, x).argmax(0)
-        )
+        rows = self._rows(X)
+        labels = np.empty(rows.n_rows, dtype=np.int64)
+        self._fill(labels, rows, lambda posterior, _, x: bound.log_rho(posterior, x).argmax(0))
+        return labels
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """Draw rows from the posterior predictive.
@@ -777,7 +937,7 @@ class VariationalGMM(
         check_is_fitted(self)
         n_samples = check_count(n_samples, "n_samples")
         seed = draw_seed(self.random_state if random_state is None else random_state)
-        _, prior, posterior = self._model
+        prior, posterior = self._model.prior, self._model.posterior
         x, labels = bound.sample(posterior, prior, n_samples, make_rng(seed))
         return self._model.affine.shift + self._model.affine.scale * x, labels
 

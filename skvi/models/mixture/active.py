@@ -107,6 +107,8 @@ class AlternatingAscent:
         Responsibilities below this are left out.
     """
 
+    rises = True
+
     def __init__(self, prior: Posterior, rows: Rows, *, max_iter: int, negligible: float) -> None:
         K, N = prior.weights.E_log().shape[0], rows.n_rows
         self._prior = prior

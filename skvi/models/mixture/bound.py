@@ -45,6 +45,14 @@ class Posterior(NamedTuple):
         """Return the optimal posterior of this prior, with the components in the given order."""
         return Posterior(self.weights.update(moments.counts), self.components.update(moments))
 
+    def ordered(self, moments: Moments) -> Moments:
+        """Return statistics in the order of components that raises the bound under this prior.
+
+        Labels are exchangeable, but not for the sticks of a Dirichlet process.
+        """
+        order = self.weights.best_order(moments.counts)
+        return moments if order is None else moments.reordered(order)
+
     def kl(self, prior: Posterior) -> Tensor:
         """``KL(q || p)`` of everything that rows share, in nats."""
         return self.weights.kl(prior.weights) + self.components.kl(prior.components)
@@ -241,6 +249,10 @@ class Share(NamedTuple):
     moments: Moments
     entropy: float
 
+    def map(self, function: Callable[[Any], Any]) -> Share:
+        """Apply `function` to every array."""
+        return Share(self.moments.map(function), self.entropy)
+
     def merge(self, other: Share, shape: type[Components]) -> Share:
         """Return what both sets of rows leave behind."""
         moments = shape.merge(self.moments, other.moments)
@@ -260,14 +272,8 @@ def share(posterior: Posterior, moments: Moments, local: float) -> Share:
 
 
 def maximisation(prior: Posterior, moments: Moments) -> Posterior:
-    """Return the optimal global posterior given the statistics of the rows.
-
-    The labels may be exchanged for an order of components that the weights' prior likes better.
-    """
-    order = prior.weights.best_order(moments.counts)
-    if order is not None:
-        moments = moments.reordered(order)
-    return prior.update(moments)
+    """Return the optimal global posterior given the statistics of the rows, in the best order."""
+    return prior.update(prior.ordered(moments))
 
 
 def coordinate_ascent(prior: Posterior, rows: Rows) -> Callable[[State], tuple[State, float]]:

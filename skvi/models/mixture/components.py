@@ -62,6 +62,10 @@ class Moments(NamedTuple):
     first: Tensor
     second: Tensor
 
+    def map(self, function: Callable[[Any], Any]) -> Moments:
+        """Apply `function` to every array."""
+        return Moments(*(function(array) for array in self))
+
     def reordered(self, order: Tensor) -> Moments:
         """Return the statistics in another order of the components."""
         reference, counts, first, second = self

@@ -52,6 +52,8 @@ class MemoizedAscent:
     max_iter : int
     """
 
+    rises = True
+
     def __init__(self, prior: Posterior, batches: Batches, *, max_iter: int) -> None:
         self._prior = prior
         self._shape = type(prior.components)

@@ -36,6 +36,8 @@ class StochasticAscent:
     max_iter : int
     """
 
+    rises = False
+
     def __init__(
         self,
         prior: Posterior,
@@ -74,10 +76,7 @@ class StochasticAscent:
 
     def _epoch(self, state: State) -> tuple[State, float]:
         prior, shape = self._prior, type(self._prior.components)
-        moments = state.moments
-        order = prior.weights.best_order(moments.counts)
-        if order is not None:
-            moments = moments.reordered(order)
+        moments = prior.ordered(state.moments)
         seen: Share | None = None
         for b in self._rng.permutation(self._batches.n_batches).tolist():
             posterior = prior.update(moments)  # the order stays through the epoch
