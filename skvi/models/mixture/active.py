@@ -191,17 +191,25 @@ class AlternatingAscent:
     def _settled_moments(self, components: Components) -> Moments:
         """Return the statistics of the settled rows, each under its owner."""
         (K, D), sums = components.mean.shape, None
-        for where, x, weight in self._rows.blocks(floats_per_row(components)):
-            settled = (self._owner[where] >= 0).double() * weight
-            owner = self._owner[where].clamp(min=0)  # (B,)
-            resp = self._rows.workspace.take("resp", x, K, len(x)).zero_()
-            resp.scatter_(0, owner[None], settled[None])
+        take = self._rows.workspace.take
+        size = block_rows(floats_per_row(components), self._rows.device)
+        for index in (self._owner >= 0).nonzero()[:, 0].split(size):
+            owner = self._owner[index]  # (B,)
             # About the mean of the owner: the clusters may shrink before the next full pass.
-            diff = x - components.mean[owner]
-            out = self._rows.workspace.take("monomials", x, components.n_monomials(D), len(x))
-            sums = add_to(sums, components.sums(diff, components.monomials(diff, out=out), resp))
+            diff = self._gather(index).sub_(components.mean[owner])  # (B, D)
+            monomials = take("monomials", diff, components.n_monomials(D), len(diff))
+            components.monomials(diff, out=monomials)
+            resp = take("resp", diff, K, len(diff)).zero_()
+            resp.scatter_(0, owner[None], self._weight[index][None])
+            sums = add_to(sums, components.sums(diff, monomials, resp))
         assert sums is not None  # rows are never empty
         return components.unpack(components.mean, sums)
+
+    def _gather(self, index: Tensor) -> Tensor:
+        """Return rows (B, D), read as they are kept."""
+        if self._x.is_contiguous():
+            return self._x.index_select(0, index)
+        return self._x.T.index_select(1, index).T
 
     def _restricted_pass(self, posterior: Posterior, focus: _Focus) -> tuple[Moments, float]:
         """Visit active rows or pairs; settled rows are known from their statistics."""
@@ -220,8 +228,7 @@ class AlternatingAscent:
         totals = Totals(posterior, self._rows.device, self._rows.workspace)
         size = block_rows(floats_per_row(posterior.components), self._rows.device)
         for index in visited.split(size):
-            # Most rows of a block are visited, so each feature is read nearly in sequence.
-            totals.add(self._x.T.index_select(1, index).T, self._weight[index])
+            totals.add(self._gather(index), self._weight[index])
         return totals.result()
 
     def _visit_pairs(
@@ -236,9 +243,7 @@ class AlternatingAscent:
         chunks = [visited[index].split(_CHUNK_ROWS) for index in pairs]  # rows of each component
         log_rho = torch.cat(
             [
-                part.E_log_prob(part.centred_distance(self._x.index_select(0, chunk) - part.mean))[
-                    0
-                ]
+                part.E_log_prob(part.centred_distance(self._gather(chunk) - part.mean))[0]
                 + E_log_pi[k]
                 for k, part in enumerate(parts)
                 for chunk in chunks[k]
@@ -260,7 +265,7 @@ class AlternatingAscent:
             for chunk in chunks[k]:
                 r = resp[start : start + len(chunk)]
                 start += len(chunk)
-                diff = self._x.index_select(0, chunk) - part.mean  # (B, D)
+                diff = self._gather(chunk) - part.mean  # (B, D)
                 counts[k] += r.sum()
                 first[k] += r @ diff
                 into += part.scatter(diff[None], r[None])[0]
