@@ -79,7 +79,7 @@ class Rows:
         self.device = device
         self._X = X
         self._affine = affine
-        self._weight = np.ones(self.n_rows) if weight is None else weight
+        self._weight = np.broadcast_to(1.0, self.n_rows) if weight is None else weight
         self._resident = None if device.type == "cpu" else self._convert(slice(0, self.n_rows))
 
     def _convert(self, rows: slice | np.ndarray) -> tuple[Tensor, Tensor]:
