@@ -6,11 +6,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skvi.runtime.blocks import Rows, block_rows
+from skvi.runtime.blocks import Rows, block_rows, row_slices
 
 # The comb that deals out the rows has this many teeth in one unit of spread. More would take the
 # rounding of the fitted units for a difference between rows.
 _TEETH = 1e4
+# A copy of kept rows in the order of the batches may take this many bytes.
+_COPY_BYTES = 1 << 26
+
+
+def stay_resident(rows: Rows) -> bool:
+    """Whether batches of these rows are a copy in their own order, so that no visit gathers."""
+    return rows.kept and 8 * rows.n_rows * rows.n_features <= _COPY_BYTES
 
 
 class Batches:
@@ -21,12 +28,12 @@ class Batches:
     side by side. A batch is an interval of the cumulative weight, where a row of weight w and w
     copies of it occupy the same interval; a row on the border belongs to both sides in part.
 
-    Memory is 16 bytes a row. One batch is the rows as they are.
+    Memory is 16 bytes a row, and up to 64 MB for a copy of kept rows in this order; other rows are
+    gathered at every visit. One batch is the rows as they are.
 
     Parameters
     ----------
     rows : Rows
-        Read in random order where there is more than one batch.
     n_batches : int
     rng : numpy.random.Generator
     """
@@ -44,6 +51,14 @@ class Batches:
         self._order = np.argsort(rank, kind="stable")
         self._end = weight[self._order].cumsum()
         self._borders = self._end[-1] * (np.arange(n_batches + 1) / n_batches)
+        self._copy: Tensor | None = None
+        if stay_resident(rows):
+            columns = torch.empty(
+                rows.n_features, rows.n_rows, dtype=torch.float64, device=rows.device
+            )
+            self._copy = columns.T
+            for part in row_slices(rows.n_rows, block_rows(rows.n_features, rows.device)):
+                self._copy[part] = rows[self._order[part]][0]
 
     def blocks(self, batch: int, floats_per_row: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(x, weight)`` of a batch in blocks whose workspace is `floats_per_row` a row."""
@@ -57,7 +72,10 @@ class Batches:
         height = block_rows(floats_per_row, self.rows.device)
         for start in range(first, last + 1, height):
             stop = min(start + height, last + 1)
-            x, _ = self.rows[self._order[start:stop]]
+            if self._copy is not None:
+                x = self._copy[start:stop]
+            else:
+                x, _ = self.rows[self._order[start:stop]]
             end = self._end[start:stop].clip(max=high)
             begin = np.empty_like(end)
             begin[1:] = self._end[start : stop - 1]

@@ -115,7 +115,7 @@ class Rows:
         self.device = device
         self._X = X
         self._affine = affine
-        self._weight = np.ones(self.n_rows) if weight is None else weight
+        self._weight = np.broadcast_to(1.0, self.n_rows) if weight is None else weight
         if device.type != "cpu":
             keep = keep or "rows"
         elif 8 * X.size > _RESIDENT_BYTES:

@@ -34,6 +34,10 @@ MIXTURES = [
     for shape in ("full", "tied", "diag", "spherical")
     for law in ("dirichlet_process", "dirichlet_distribution")
 ]
+MIXTURES += [
+    VariationalGMM(algorithm=algorithm, batch_size=10, random_state=0)
+    for algorithm in ("memoized", "svi")
+]
 LINEARS = [BayesianLinearVI(prior=prior) for prior in ("ridge", "ard", "fixed", "horseshoe")]
 # The checks' data are real numbers, which not every likelihood can explain.
 AUTOENCODERS = [

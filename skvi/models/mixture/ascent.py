@@ -5,6 +5,7 @@ from typing import Protocol
 
 from skvi.models.mixture.bound import Posterior, State, coordinate_ascent
 from skvi.models.mixture.components import Components
+from skvi.runtime.batches import stay_resident
 from skvi.runtime.blocks import Rows
 
 # What memoized laps keep of all batches may take this many bytes by default, and at most.
@@ -12,7 +13,9 @@ _CACHE_BYTES = 1 << 26
 _LARGEST_CACHE_BYTES = 1 << 30
 # More batches bring nothing, and smaller ones are dominated by the update after each.
 _MOST_BATCHES = 20
-_FEWEST_ROWS = 2000
+_FEWEST_ROWS = 5000
+# With fewer batches laps save too few passes to pay for their updates.
+_WORTH_BATCHES = 10
 
 
 class Ascent(Protocol):
@@ -72,7 +75,13 @@ def _share_bytes(shape: type[Components], n_components: int, n_features: int) ->
 
 
 def count_batches(
-    batch_size: int | str, total: float, shape: type[Components], n_components: int, n_features: int
+    batch_size: int | str,
+    total: float,
+    shape: type[Components],
+    n_components: int,
+    n_features: int,
+    *,
+    cached: bool = True,
 ) -> int:
     """Return into how many batches rows of weight `total` are split.
 
@@ -80,17 +89,19 @@ def count_batches(
     ----------
     batch_size : int or "auto"
         Weight of a batch: rows, if every row counts once. "auto": twenty batches, fewer where
-        they would hold less than 2000 or their statistics would need more than 64 MB.
+        they would hold less than 5000 or their statistics would need more than 64 MB.
     total : float
     shape : type of Components
     n_components, n_features : int
+    cached : bool, default=True
+        Whether statistics of every batch are kept, or nothing but its borders.
 
     Raises
     ------
     ValueError
-        If the statistics of so many batches would need more than 1 GB.
+        If so many batches would need more than 1 GB.
     """
-    size = _share_bytes(shape, n_components, n_features)
+    size = _share_bytes(shape, n_components, n_features) if cached else 8
     if batch_size == "auto":
         most = min(_MOST_BATCHES, _CACHE_BYTES // size, total // _FEWEST_ROWS)
         return max(1, int(most))
@@ -98,7 +109,18 @@ def count_batches(
     if n_batches * size > _LARGEST_CACHE_BYTES:
         raise ValueError(
             f"batch_size={batch_size} splits rows of total weight {total:g} into {n_batches:.3g} "
-            f"batches, whose statistics would need {n_batches * size / 1e9:.3g} GB; give a larger "
+            f"batches, which would need {n_batches * size / 1e9:.3g} GB; give a larger "
             "batch_size."
         )
     return int(n_batches)
+
+
+def laps_pay(rows: Rows, total: float, shape: type[Components], n_components: int) -> bool:
+    """Whether memoized laps are expected to reach a bound earlier than full passes.
+
+    They need about half as many passes where clusters overlap; that pays where a batch takes
+    longer than an update of the posterior, and no visit has to gather its rows.
+    """
+    n_batches = count_batches("auto", total, shape, n_components, rows.n_features)
+    # On a GPU fewer and larger products win.
+    return n_batches >= _WORTH_BATCHES and stay_resident(rows) and rows.device.type == "cpu"

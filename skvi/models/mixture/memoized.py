@@ -31,7 +31,7 @@ from skvi.runtime.batches import Batches
 
 def visit(posterior: Posterior, batches: Batches, batch: int) -> tuple[Share, float]:
     """Return the share of a batch under `posterior`, and its local bound in nats."""
-    totals = Totals(posterior, batches.rows.device)
+    totals = Totals(posterior, batches.rows.device, batches.rows.workspace)
     for x, weight in batches.blocks(batch, floats_per_row(posterior.components)):
         totals.add(x, weight)
     moments, local = totals.result()
@@ -42,8 +42,9 @@ class MemoizedAscent:
     """Laps over batches, with an update of the posterior before each batch.
 
     Call it as a step: a lap, or a full pass under one posterior. The first step and the one of
-    number `max_iter` are full passes; `looked_at_everything` says whether the last step was one,
-    so that its bound is that of the best responsibilities of all rows.
+    number `max_iter` are full passes, and with one batch all are; `looked_at_everything` says
+    whether the last step was one, so that its bound is that of the best responsibilities of all
+    rows.
 
     Parameters
     ----------
@@ -71,7 +72,9 @@ class MemoizedAscent:
         if order is not None:
             state = state._replace(moments=state.moments.reordered(order))
             self._shares = [s._replace(moments=s.moments.reordered(order)) for s in self._shares]
-        self.looked_at_everything = self._full_next or self._n_steps == self._max_iter
+        self.looked_at_everything = (
+            self._full_next or self._n_steps == self._max_iter or self._batches.n_batches == 1
+        )
         self._full_next = False
         if self.looked_at_everything:
             return self._full_pass(maximisation(self._prior, state.moments))
