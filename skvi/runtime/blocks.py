@@ -12,10 +12,10 @@ from torch import Tensor
 _WORKSPACE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 29}
 
 
-def block_rows(floats_per_row: int, device: torch.device) -> int:
+def block_rows(floats_per_row: int, device: torch.device, *, at_least: int = 64) -> int:
     """Return how many rows of `floats_per_row` float64 numbers fit a block on `device`."""
     budget = _WORKSPACE_BYTES[device.type] // 8
-    return max(64, budget // max(1, floats_per_row))
+    return max(at_least, budget // max(1, floats_per_row))
 
 
 def row_slices(n_rows: int, rows_per_block: int) -> Iterator[slice]:

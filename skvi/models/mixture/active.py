@@ -15,6 +15,7 @@ from torch import Tensor
 
 from skvi.models.mixture.bound import Posterior, State, Totals, floats_per_row, maximisation
 from skvi.models.mixture.components import Components, Moments
+from skvi.models.mixture.missing import IncompleteRows
 from skvi.runtime.blocks import Rows
 
 # Restricted passes between two full ones.
@@ -30,6 +31,8 @@ _CHUNK_ROWS = 4096
 
 def pays(rows: Rows, shape: type[Components], n_components: int) -> bool:
     """Whether keeping pairs of these rows is possible within bounded memory, and worth it."""
+    if isinstance(rows, IncompleteRows):
+        return False
     fits = rows.n_rows * max(8 * rows.n_features, 8 * n_components) <= _RESIDENT_BYTES
     long = n_components * shape.n_monomials(rows.n_features) >= _LONG_PRODUCT
     # On a GPU many small products are slower than one large one.

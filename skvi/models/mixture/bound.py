@@ -8,6 +8,8 @@ With the global posterior ``q(pi) prod_k q(mu_k, Lambda_k)`` held fixed, the bes
 
 and the bound of row n is ``log sum_k rho_nk``; Bishop (2006), equations 10.46-10.49. Tensors of
 rows run (K, B): components first, so that every reduction over K reads contiguous rows.
+
+Rows are tensors (B, D), or `Cells` where some are missing; see :mod:`skvi.models.mixture.missing`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skvi.models.mixture.components import Components, Diag, Moments, add_to
+from skvi.models.mixture import missing
+from skvi.models.mixture.components import Components, Gamma, Moments, add_to
+from skvi.models.mixture.missing import Cells
 from skvi.models.mixture.weights import Weights
 from skvi.models.terms import ElboTerms
 from skvi.runtime.blocks import Rows
@@ -62,54 +66,97 @@ def floats_per_row(components: Components) -> int:
 def predictive_floats_per_row(components: Components) -> int:
     """Workspace of :func:`log_predictive`, in float64 numbers a row."""
     K, D = components.mean.shape
-    # Diag multiplies univariate densities, so it cannot do without each difference.
-    return floats_per_row(components) + (4 * K * D if isinstance(components, Diag) else 0)
+    # Diag multiplies univariate densities, so it cannot do without each difference; nor can
+    # Spherical where features have been seen a different number of times.
+    return floats_per_row(components) + (4 * K * D if isinstance(components, Gamma) else 0)
 
 
-def log_rho(posterior: Posterior, x: Tensor) -> Tensor:
-    """``log rho_nk`` of rows (B, D), shape (K, B)."""
+def conditional_floats_per_row(components: Components) -> int:
+    """Workspace of :func:`conditional`, in float64 numbers a row."""
+    K, D = components.mean.shape
+    return predictive_floats_per_row(components) + 4 * K * D
+
+
+def log_rho(posterior: Posterior, x: Tensor | Cells) -> Tensor:
+    """``log rho_nk`` of rows (B, D), shape (K, B); ``log E[pi_k]`` where nothing is observed."""
     components = posterior.components
+    if isinstance(x, Cells):
+        log_prob = missing.E_log_prob(components, x).add_(posterior.weights.E_log()[:, None])
+        # Nothing seen: the label is integrated out, and the bound is log 1.
+        log_mean = posterior.weights.log_mean()[0].log_softmax(0)
+        return torch.where(missing.empty(x), log_mean[:, None], log_prob)
     distance = components.squared_distance(x, components.monomials(x))
     return components.E_log_prob(distance).add_(posterior.weights.E_log()[:, None])
 
 
-def local_bound(posterior: Posterior, x: Tensor) -> Tensor:
+def local_bound(posterior: Posterior, x: Tensor | Cells) -> Tensor:
     """``log sum_k rho_nk`` of rows (B, D), shape (B,): the local bound in nats."""
     return log_rho(posterior, x).logsumexp(0)
 
 
-def responsibilities(posterior: Posterior, x: Tensor) -> Tensor:
+def responsibilities(posterior: Posterior, x: Tensor | Cells) -> Tensor:
     """``r_nk`` of rows (B, D), shape (K, B)."""
     return log_rho(posterior, x).softmax(0)
 
 
-def elbo_terms(posterior: Posterior, x: Tensor) -> ElboTerms[Tensor]:
-    """Return the terms of the local bound of rows (B, D), each of shape (B,)."""
+def elbo_terms(posterior: Posterior, x: Tensor | Cells) -> ElboTerms[Tensor]:
+    """Return the terms of the local bound of rows (B, D), each of shape (B,).
+
+    All are zero for a row with nothing observed.
+    """
     E_log_pi = posterior.weights.E_log()[:, None]  # (K, 1)
     log_joint = log_rho(posterior, x)  # (K, B)
     log_resp = log_joint.log_softmax(0)
     resp = log_resp.exp()
     # 0 log 0 = 0: a responsibility that underflowed must not turn -inf into NaN.
     log_resp = log_resp.clamp_min(torch.finfo(log_resp.dtype).min)
-    return ElboTerms(
+    terms = ElboTerms(
         reconstruction=(resp * (log_joint - E_log_pi)).sum(0),
         kl=(resp * (log_resp - E_log_pi)).sum(0),
         energy=(resp * log_joint).sum(0),
         entropy=-(resp * log_resp).sum(0),
     )
+    if isinstance(x, Cells):
+        terms = ElboTerms(*(torch.where(missing.empty(x), 0.0, term) for term in terms))
+    return terms
 
 
-def log_predictive(posterior: Posterior, prior: Posterior, x: Tensor) -> Tensor:
+def log_predictive(posterior: Posterior, prior: Posterior, x: Tensor | Cells) -> Tensor:
     """Log posterior predictive density of rows (B, D), shape (B,).
 
     ``log sum_k E[pi_k] t_k(x)`` with the Student-t of each component; under a Dirichlet process
     the mass beyond the truncation goes to the prior predictive.
     """
+    return _log_predictive_parts(posterior, prior, x).logsumexp(0)
+
+
+def _log_predictive_parts(posterior: Posterior, prior: Posterior, x: Tensor | Cells) -> Tensor:
+    """Terms of that sum, shape (K + 1, B): the last is the mass beyond the truncation."""
     log_weight, log_rest = posterior.weights.log_mean()
     components, new = posterior.components, prior.components
-    inside = log_weight[:, None] + components.log_student(x)  # (K, B)
-    beyond = log_rest + new.log_student(x)  # (1, B)
-    return torch.cat([inside, beyond]).logsumexp(0)
+    if isinstance(x, Cells):
+        inside, beyond = missing.log_student(components, x), missing.log_student(new, x)
+    else:
+        inside, beyond = components.log_student(x), new.log_student(x)
+    return torch.cat([log_weight[:, None] + inside, log_rest + beyond])
+
+
+def conditional(posterior: Posterior, prior: Posterior, x: Cells) -> tuple[Tensor, Tensor]:
+    r"""Return mean and variance of each cell given the observed ones of its row, (B, D) both.
+
+    .. math::
+        E[x_m | x_o] = \sum_k w_k \hat x_k, \quad
+        \mathrm{Var} = \sum_k w_k (v_k + (\hat x_k - E[x_m | x_o])^2), \quad
+        w_k \propto E[\pi_k] t_k(x_o)
+
+    The mean is that of the posterior predictive, exactly. Within a component the variance is
+    taken under the expected precision: the Student-t of a component without rows has none.
+    """
+    weight = _log_predictive_parts(posterior, prior, x).softmax(0)[:, :, None]  # (K + 1, B, 1)
+    parts = (missing.completed(law.components, x) for law in (posterior, prior))
+    location, variance = (torch.cat(pair) for pair in zip(*parts, strict=True))  # (K + 1, B, D)
+    mean = (weight * location).sum(0)
+    return mean, (weight * (variance + (location - mean).square())).sum(0)
 
 
 class Totals:
@@ -129,20 +176,16 @@ class Totals:
         self._bound = torch.zeros((), dtype=torch.float64, device=device)
         self._sums: tuple[Tensor, ...] | None = None  # of monomials
         self._ill_sums: tuple[Tensor, ...] | None = None  # of centred rows
+        self._incomplete: Moments | None = None  # of rows with missing cells, about the means
 
-    def add(self, x: Tensor, weight: Tensor) -> Tensor:
+    def add(self, x: Tensor | Cells, weight: Tensor) -> Tensor:
         """Add rows (B, D) with weights (B,); return responsibilities times weights, (K, B)."""
+        if isinstance(x, Cells):
+            return self._add_cells(x, weight)
         components = self.posterior.components
         monomials = components.monomials(x)  # (F, B)
-        resp = components.E_log_prob(components.squared_distance(x, monomials))
-        resp.add_(self._E_log_pi[:, None])  # log rho until normalised
-        # One exponential serves both. Responsibilities are normalised explicitly: a row 1e10
-        # spreads away has log rho of 1e19, where log sum exp cannot hold the log 2 of a tie.
-        largest = resp.amax(0)  # (B,)
-        resp.sub_(largest).exp_()
-        total = resp.sum(0)
-        self._bound += weight @ (largest + total.log())
-        resp.mul_(weight / total)
+        log_prob = components.E_log_prob(components.squared_distance(x, monomials))
+        resp = self._share_out(log_prob, weight)
         self._sums = add_to(self._sums, components.sums(x, monomials, resp))
         if self._ill is not None:
             r = resp[components.ill]
@@ -151,8 +194,42 @@ class Totals:
             self._ill_sums = add_to(self._ill_sums, (first, self._ill.scatter(diff, r)))
         return resp
 
+    def _share_out(self, log_prob: Tensor, weight: Tensor) -> Tensor:
+        """Turn log densities (K, B) into weighted responsibilities, in place; add the bound."""
+        resp = log_prob.add_(self._E_log_pi[:, None])  # log rho until normalised
+        # One exponential serves both. Responsibilities are normalised explicitly: a row 1e10
+        # spreads away has log rho of 1e19, where log sum exp cannot hold the log 2 of a tie.
+        largest = resp.amax(0)  # (B,)
+        resp.sub_(largest).exp_()
+        total = resp.sum(0)
+        self._bound += weight @ (largest + total.log())
+        return resp.mul_(weight / total)
+
+    def _add_cells(self, x: Cells, weight: Tensor) -> Tensor:
+        components = self.posterior.components
+        weight = torch.where(missing.empty(x), 0.0, weight)  # they say nothing
+        resp = weight.new_zeros(len(self._E_log_pi), len(weight))
+        whole = missing.complete(components, x)
+        if whole.numel():
+            resp[:, whole] = self.add(x.x[whole], weight[whole])
+        for batch in missing.batches(components, x):
+            part = self._share_out(batch.E_log_prob(), weight[batch.rows])
+            self._incomplete = missing.added(self._incomplete, batch.moments(part))
+            resp[:, batch.rows] = part
+        return resp
+
     def result(self) -> tuple[Moments, float]:
         """Return the statistics of all rows and their weighted local bound in nats."""
+        if self._incomplete is None:
+            return self._complete_moments(), float(self._bound)
+        moments = self._incomplete
+        if self._sums is not None:
+            more = missing.moved(self._complete_moments(), moments.reference)
+            moments = missing.added(moments, more)
+        return moments, float(self._bound)
+
+    def _complete_moments(self) -> Moments:
+        """Return the statistics of the rows without missing cells."""
         components = self.posterior.components
         reference = torch.zeros_like(components.mean)
         assert self._sums is not None  # rows are never empty
@@ -163,7 +240,7 @@ class Totals:
             first, second = self._ill_sums
             moments.first[components.ill] = first
             moments.second[components.ill if len(moments.second) > 1 else slice(None)] = second
-        return moments, float(self._bound)
+        return moments
 
 
 def expectation(posterior: Posterior, rows: Rows) -> tuple[Moments, float]:
@@ -233,6 +310,6 @@ def sample(
         (prior.components, labels == K, np.zeros((labels == K).sum(), dtype=int)),
     ):
         if owner.size:
-            mean, kappa = law.mean.numpy()[owner], law.kappa.numpy()[owner]
-            x[chosen] = mean + np.sqrt(1.0 + 1.0 / kappa)[:, None] * law.draw_noise(owner, rng)
+            mean, kappa = law.mean.numpy()[owner], law.kappa_columns.numpy()[owner]
+            x[chosen] = mean + np.sqrt(1.0 + 1.0 / kappa) * law.draw_noise(owner, rng)
     return x, labels
