@@ -170,8 +170,8 @@ class VariationalGMM(
         kappa_k. For "diag" and "spherical" fitted to missing cells (n_components, n_features),
         since each feature has another count.
     degrees_of_freedom_ : ndarray of shape (n_components,), or float for "tied"
-        nu_k. For "diag" fitted to missing cells (n_components, n_features). The gamma shape is ``nu_k / 2`` for "diag" and ``n_features nu_k / 2`` for
-        "spherical".
+        nu_k; (n_components, n_features) for "diag" fitted to missing cells. The gamma shape is
+        ``nu_k / 2`` for "diag" and ``n_features nu_k / 2`` for "spherical".
     weight_concentration_prior_ : float
     mean_precision_prior_ : float
     mean_prior_ : ndarray of shape (n_features,)

@@ -226,10 +226,9 @@ def test_statistics_equal_the_loops(shape):
 @every_law
 @pytest.mark.parametrize("kind", ["k-means++", "kmeans", "random_from_data", "random"])
 def test_the_bound_never_falls(shape, law, kind):
-    for seed in range(2):
-        problem = _problem(shape, law, N=40, K=5, seed=seed)
-        values = _climb(problem, 60, kind, seed)[1]
-        assert np.diff(values).min() > -1e-12 * abs(values[-1])
+    problem = _problem(shape, law, N=40, K=5)
+    values = _climb(problem, 40, kind)[1]
+    assert np.diff(values).min() > -1e-12 * abs(values[-1])
 
 
 def test_the_check_of_rises_can_fail():
@@ -247,8 +246,8 @@ def test_the_check_of_rises_can_fail():
 @every_law
 def test_gradient_vanishes_at_the_summit(shape, law):
     """At a fixed point the bound of the rows, labels and missing cells maximised, is stationary."""
-    problem = _problem(shape, law, N=40)
-    state, values = _climb(problem, 3000)
+    problem = _problem(shape, law, share=0.25)
+    state, values = _climb(problem, 400)
     leaves = []
 
     def leaf(tensor):
@@ -258,7 +257,7 @@ def test_gradient_vanishes_at_the_summit(shape, law):
     tracked = state.posterior.map(leaf)
     local = bound.local_bound(tracked, _cells(problem.holed))
     value = _t(problem.weight) @ local - tracked.kl(problem.prior)
-    np.testing.assert_allclose(float(value), values[-1], rtol=1e-12)
+    np.testing.assert_allclose(float(value.detach()), values[-1], rtol=1e-12)
     for gradient in torch.autograd.grad(value, leaves):
         if gradient.ndim == 3:  # the factor of Full and Tied has nothing above its diagonal
             gradient = gradient.tril()
@@ -349,11 +348,11 @@ def test_bound_lies_below_the_evidence_with_one_cell_integrated_out(shape):
         return bound.coordinate_ascent(problem.prior, rows)(State(problem.prior, moments))[1]
 
     problem.weight[4] = 1.0
-    grid = np.linspace(-60, 60, 1201)
+    grid = np.linspace(-60, 60, 301)
     exact = logsumexp([log_evidence(u) for u in grid]) + math.log(grid[1] - grid[0])
     X[4, 1] = np.nan
     problem.rows = IncompleteRows(X, problem.affine, CPU, problem.weight)
-    value = _climb(problem, 300)[1][-1]
+    value = _climb(problem, 60)[1][-1]
     assert exact - 0.2 < value < exact
 
 
@@ -405,14 +404,14 @@ def test_conditional_variance_is_that_of_draws(shape):
     for law in (posterior.components, problem.prior.components):
         for k in range(len(law.mean)):
             K = len(law.mean)
-            cov = law.covariances()
+            cov = law.covariances().numpy()
             if shape == "spherical":
                 cov = cov[k] * np.eye(3)
             elif shape == "diag":
-                cov = np.diag(cov[k].numpy())
+                cov = np.diag(cov[k])
             else:
-                cov = cov.expand(K, 3, 3)[k].numpy()
-            cov, m = np.asarray(cov), law.mean[k].numpy()
+                cov = np.broadcast_to(cov, (K, 3, 3))[k]
+            m = law.mean[k].numpy()
             gain = cov[1, [0, 2]] @ np.linalg.inv(cov[np.ix_([0, 2], [0, 2])])
             location = m[1] + gain @ (row[[0, 2]] - m[[0, 2]])
             parts.append((location, cov[1, 1] - gain @ cov[[0, 2], 1]))

@@ -155,8 +155,9 @@ def conditional(posterior: Posterior, prior: Posterior, x: Cells) -> tuple[Tenso
     weight = _log_predictive_parts(posterior, prior, x).softmax(0)[:, :, None]  # (K + 1, B, 1)
     parts = (missing.completed(law.components, x) for law in (posterior, prior))
     location, variance = (torch.cat(pair) for pair in zip(*parts, strict=True))  # (K + 1, B, D)
-    mean = (weight * location).sum(0)
-    return mean, (weight * (variance + (location - mean).square())).sum(0)
+    mean = torch.where(x.observed, x.x, (weight * location).sum(0))
+    var = (weight * (variance + (location - mean).square())).sum(0)
+    return mean, var
 
 
 class Totals:

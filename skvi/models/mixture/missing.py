@@ -324,7 +324,7 @@ class _PatternBatch(Batch):
         self._is_filled = is_filled
         order = (~observed).long().argsort(dim=-1, stable=True)  # (P, D)
         self._rank = order.argsort(dim=-1)
-        self._n_observed = observed.sum(-1)  # (P,)
+        self._n_observed = observed.sum(-1, dtype=x.dtype)  # (P,); an integer times pi is float32
         D = components.n_features
         first = torch.arange(D, device=x.device) < self._n_observed[:, None]  # (P, D)
         chol = torch.linalg.cholesky(inverse_scale[:, order[:, :, None], order[:, None, :]])
