@@ -8,7 +8,8 @@ import pytest
 
 from skvi.estimators import gmm, linear, vae
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
@@ -22,5 +23,11 @@ def test_readme(block, capsys):
 @pytest.mark.parametrize("module", [gmm, linear, vae], ids=lambda module: module.__name__)
 def test_docstring_examples(module):
     result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_guide_examples():
+    result = doctest.testfile(str(ROOT / "docs" / "guide.md"), module_relative=False)
     assert result.attempted > 0
     assert result.failed == 0

@@ -14,7 +14,9 @@ from torch import Tensor
 from skvi.distributions.special import log_gamma_ratio
 
 
-def log_density(mahalanobis: Tensor, log_det_scale: Tensor, dof: Tensor, dim: int) -> Tensor:
+def log_density(
+    mahalanobis: Tensor, log_det_scale: Tensor, dof: Tensor, dim: Tensor | int
+) -> Tensor:
     """Log density from the squared Mahalanobis distance and ``log|Sigma|``, elementwise."""
     half = dof / 2.0
     shift = dim / 2.0

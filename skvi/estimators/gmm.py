@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from skvi.estimators._base import (
     LARGEST_VALUE,
     VariationalEstimator,
     check_count,
+    to_host,
     to_numpy,
     weighted_mean,
     without_weightless,
 )
-from skvi.estimators._compat import Interval, StrOptions, fit_context
+from skvi.estimators._compat import Interval, StrOptions, fit_context, get_feature_names
 from skvi.inference.loop import Solution, climb
 from skvi.inference.monitor import Monitor, Status
 from skvi.models.mixture import active, bound, start
@@ -30,11 +31,13 @@ from skvi.models.mixture.ascent import Ascent, CoordinateAscent, count_batches, 
 from skvi.models.mixture.bound import Posterior, Share, State
 from skvi.models.mixture.components import COMPONENTS, Components
 from skvi.models.mixture.memoized import MemoizedAscent
+from skvi.models.mixture.missing import Cells, IncompleteRows, has_missing
 from skvi.models.mixture.stochastic import StochasticAscent
 from skvi.models.mixture.weights import WEIGHTS
 from skvi.models.terms import ElboTerms
 from skvi.runtime.batches import Batches
 from skvi.runtime.blocks import Affine, Rows
+from skvi.runtime.device import resolve_device
 from skvi.runtime.linalg import inv_chol
 from skvi.runtime.moments import weighted_moments
 from skvi.runtime.random import draw_seed, make_rng
@@ -106,6 +109,11 @@ class VariationalGMM(
     :math:`q(z) q(\pi) \prod_k q(\mu_k, \Lambda_k)` is conjugate for every `covariance_type`, and
     the bound on :math:`\log p(X)` drops no constant.
 
+    Cells that are NaN are missing at random, in every method. "diag" and "spherical" sum over the
+    observed cells. "full" and "tied" add :math:`q(x_{mis} | z)` to the posterior, normal and
+    optimal for each row and component. A row with nothing observed scores 0 and has no effect on
+    the fit.
+
     Parameters
     ----------
     n_components : int, default=10
@@ -130,7 +138,9 @@ class VariationalGMM(
         Inverse scale W0^-1 of the precisions, of shape (n_features, n_features) for "full" and
         "tied", (n_features,) for "diag", a number for "spherical". None is the unbiased
         (weighted) covariance of X in that shape; with a total weight W below 2 its divisor
-        ``W - 1`` becomes ``W / 2``.
+        ``W - 1`` becomes ``W / 2``. With missing cells: the variances of the observed cells, and
+        correlations that are shrunk by the share of cells observed together, W_ij / sqrt(W_i
+        W_j), which keeps the matrix positive definite.
     init_params : {"k-means++", "kmeans", "random_from_data", "random"}, default="k-means++"
         First responsibilities: rows go to the nearest of the centres that greedy k-means++
         chose ("kmeans": refined by Lloyd's algorithm; "random_from_data": distinct random
@@ -191,10 +201,11 @@ class VariationalGMM(
     weight_concentration_ : ndarray of shape (n_components,) or tuple of two
         Posterior Dirichlet parameters, or the Beta parameters (a, b) of the sticks.
     mean_precision_ : ndarray of shape (n_components,)
-        kappa_k.
+        kappa_k. For "diag" and "spherical" fitted to missing cells (n_components, n_features),
+        since each feature has another count.
     degrees_of_freedom_ : ndarray of shape (n_components,), or float for "tied"
-        nu_k. The gamma shape is ``nu_k / 2`` for "diag" and ``n_features nu_k / 2`` for
-        "spherical".
+        nu_k; (n_components, n_features) for "diag" fitted to missing cells. The gamma shape is
+        ``nu_k / 2`` for "diag" and ``n_features nu_k / 2`` for "spherical".
     weight_concentration_prior_ : float
     mean_precision_prior_ : float
     mean_prior_ : ndarray of shape (n_features,)
@@ -324,7 +335,8 @@ class VariationalGMM(
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
-            Finite numbers, float64 or float32; statistics are accumulated in float64.
+            Numbers, float64 or float32, or NaN for cells that are missing (at random);
+            statistics are accumulated in float64.
         y : Ignored
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
@@ -338,8 +350,9 @@ class VariationalGMM(
         Raises
         ------
         ValueError
-            For invalid parameters or data; for constant features without a
-            `covariance_prior`; for a `warm_start` from a fit of another shape.
+            For invalid parameters or data; for features without an observed value; for
+            constant features without a `covariance_prior`; for a `warm_start` from a fit of
+            another shape.
         """
         with self._all_or_nothing():
             self._fit(X, sample_weight, warm=self.warm_start and hasattr(self, "_model"))
@@ -394,9 +407,12 @@ class VariationalGMM(
         return self
 
     def _fit(self, X: Any, sample_weight: Any, *, warm: bool) -> None:
-        door = self._door(X, reset=True, ensure_min_samples=2)
+        door = self._door(X, reset=True, ensure_min_samples=2, ensure_all_finite="allow-nan")
         weight = self._weights(sample_weight, door.X)
         X, weight = without_weightless(weight, door.X)
+        if has_missing(X):
+            _check_observed(X)
+            X, weight = _without_empty(X, weight)
         self._count_batches(float(weight.sum()), X.shape[1])  # refused here, not by each start
         try:
             if warm:
@@ -418,8 +434,7 @@ class VariationalGMM(
 
     def _fit_cold(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
         affine = self._fitted_units(X, weight)
-        layout = active.layout(COMPONENTS[self.covariance_type], self.n_components, X.shape[1])
-        rows = Rows(X, affine, device, weight, keep=layout)
+        rows = _make_rows(X, affine, device, weight, keep=self._layout(X.shape[1]))
         hyper = self._hyperparameters(rows, affine, float(weight.sum()))
         prior = self._prior(hyper, affine, device)
         rng = make_rng(draw_seed(self.random_state))
@@ -451,13 +466,17 @@ class VariationalGMM(
 
     def _add_block(self, X: Any, sample_weight: Any) -> None:
         """Visit the rows once, and add their share to that of the rows before."""
-        door = self._door(X, reset=False)
+        door = self._door(X, reset=False, ensure_all_finite="allow-nan")
         weight = self._weights(sample_weight, door.X)
         X, weight = without_weightless(weight, door.X)
+        if has_missing(X):
+            X, weight = _without_empty(X, weight)
+            if not len(X):
+                return  # rows with nothing observed say nothing
         affine = self._model.affine
         rows, posterior, prior, hyper = self._resume("partial_fit", X, weight, door.device)
         moments, local = bound.expectation(posterior, rows)
-        block = bound.share(posterior, moments, local - float(weight.sum()) * affine.log_abs_det)
+        block = bound.share(posterior, moments, local - _change_of_units(rows, weight, affine))
         seen = self._model.share.map(lambda array: torch.as_tensor(array, device=door.device))
         total = seen.merge(block, type(prior.components))
         total = total._replace(moments=prior.ordered(total.moments))
@@ -496,8 +515,7 @@ class VariationalGMM(
                 "changed. Fit anew (with warm_start=False), or fit a clone."
             )
         self._check_reach(X, affine)
-        layout = active.layout(COMPONENTS[self.covariance_type], self.n_components, X.shape[1])
-        rows = Rows(X, affine, device, weight, keep=layout)
+        rows = _make_rows(X, affine, device, weight, keep=self._layout(X.shape[1]))
         before = _Hyperparameters(
             self.weight_concentration_prior_,
             self.mean_precision_prior_,
@@ -518,7 +536,7 @@ class VariationalGMM(
         rng: np.random.Generator,
     ) -> Solution[State]:
         total = float(weight.sum())
-        change_of_units = total * affine.log_abs_det
+        change_of_units = _change_of_units(rows, weight, affine)
         ascend = self._ascent(prior, rows, total, rng)
 
         def step(state: State) -> tuple[State, float]:
@@ -537,6 +555,10 @@ class VariationalGMM(
         if solution.status is Status.NON_FINITE:
             raise ValueError(_EXTREME)
         return solution
+
+    def _layout(self, n_features: int) -> Literal["rows", "columns"]:
+        shape = COMPONENTS[self.covariance_type]
+        return active.layout(shape, self.n_components, n_features)
 
     def _count_batches(self, total: float, n_features: int) -> int:
         return count_batches(
@@ -674,12 +696,21 @@ class VariationalGMM(
         D = rows.n_features
         scatter = torch.zeros(D, D, dtype=torch.float64, device=rows.device)
         matrix = self.covariance_type in {"full", "tied"}
-        for _, x, weight in rows.blocks(2 * D):
+        incomplete = isinstance(rows, IncompleteRows)
+        seen = np.full(D, 0.0 if incomplete else total)  # weight of each feature's observed cells
+        for _, x, weight in rows.blocks(3 * D):
+            if isinstance(x, Cells):
+                seen += to_numpy(weight @ x.observed.double())
+                x = x.x
             if matrix:
                 scatter += (weight[:, None] * x).T @ x
             else:
                 scatter.diagonal().add_(weight @ x.square())
-        fitted = to_numpy(scatter) / max(total - 1.0, 0.5 * total)
+        # With missing cells this is a Gram matrix of zero-filled rows, scaled: still positive
+        # semidefinite. The variances are those of the observed cells; correlations are shrunk by
+        # the share of the cells that are observed together.
+        divisor = np.sqrt(np.maximum(seen - 1.0, 0.5 * seen))
+        fitted = to_numpy(scatter) / np.outer(divisor, divisor)
         variances = fitted.diagonal()  # (D,), the rows have mean zero
         if self.covariance_type == "spherical":
             mean_variance = float(variances.mean())
@@ -788,20 +819,31 @@ class VariationalGMM(
     def _rows(self, X: Any) -> Rows:
         """Validate X and return its rows in fitted units."""
         check_is_fitted(self)
-        door = self._door(X, reset=False)
-        self._check_reach(door.X, self._model.affine)
-        return Rows(door.X, self._model.affine, door.device)
+        door = self._door(X, reset=False, ensure_all_finite="allow-nan")
+        return self._fitted_rows(door.X, door.device)
+
+    def _fitted_rows(self, X: np.ndarray, device: torch.device) -> Rows:
+        """Return validated rows in fitted units."""
+        self._check_reach(X, self._model.affine)
+        return _make_rows(X, self._model.affine, device)
+
+    def _log_scale(self, rows: Rows) -> np.ndarray | float:
+        """Return what a log density in fitted units exceeds that in the units of X by."""
+        if isinstance(rows, IncompleteRows):
+            return rows.log_abs_det()  # (N,), of the observed cells
+        return self._model.affine.log_abs_det
 
     def _fill(
         self,
         out: np.ndarray,
         rows: Rows,
-        function: Callable[[Posterior, Posterior, torch.Tensor], torch.Tensor],
+        function: Callable[[Posterior, Posterior, Any], torch.Tensor],
         width: Callable[[Components], int] = bound.floats_per_row,
     ) -> None:
         """Write ``function(posterior, prior, x)``, (B, D) -> (..., B), into `out` (..., N).
 
         Block by block: what is in memory besides `out` does not grow with the rows.
+        The x are tensors, or `Cells` if `rows` are incomplete.
         """
         posterior, prior = self._model.on(rows.device)
         for where, x, _ in rows.blocks(width(posterior.components)):
@@ -809,7 +851,9 @@ class VariationalGMM(
 
     def _check_reach(self, X: np.ndarray, affine: Affine) -> None:
         with np.errstate(over="ignore"):
-            far = np.maximum(X.max(0) - affine.shift, affine.shift - X.min(0)) / affine.scale
+            above, below = np.fmax.reduce(X) - affine.shift, affine.shift - np.fmin.reduce(X)
+            far = np.maximum(above, below) / affine.scale
+        far[np.isnan(far)] = 0.0  # no cell of this feature is observed
         if not (far < _LARGEST_FITTED).all():
             raise ValueError(
                 f"Features {np.flatnonzero(~(far < _LARGEST_FITTED)).tolist()} of X lie more "
@@ -828,14 +872,15 @@ class VariationalGMM(
         -------
         ElboTerms
             ``reconstruction - kl = energy + entropy = score_samples(X)``, each of shape
-            (n_samples,). The kl is against ``exp E[log pi]``, which is not normalised.
+            (n_samples,). The kl is against ``exp E[log pi]``, which is not normalised. All are
+            zero for a row with nothing observed.
         """
         rows = self._rows(X)
         out = np.empty((4, rows.n_rows))
         self._fill(out, rows, lambda posterior, _, x: torch.stack(bound.elbo_terms(posterior, x)))
         terms = ElboTerms(*out)
         for part in (terms.reconstruction, terms.energy):
-            part -= self._model.affine.log_abs_det
+            part -= self._log_scale(rows)
         return terms
 
     def score_samples(self, X: Any) -> np.ndarray:
@@ -857,14 +902,17 @@ class VariationalGMM(
         """
         rows = self._rows(X)
         local = np.empty(rows.n_rows)
-        self._fill(local, rows, lambda posterior, _, x: bound.local_bound(posterior, x))
-        local -= self._model.affine.log_abs_det
+        self._fill(
+            local, rows, lambda posterior, _, x: bound.local_bound(posterior, x, rows.workspace)
+        )
+        local -= self._log_scale(rows)
         return local
 
     def log_predictive(self, X: Any) -> np.ndarray:
         """Return the log posterior predictive density of each row, in nats.
 
         A mixture of Student-t densities that integrates to one, never below `score_samples`.
+        With missing cells the density of the observed ones, exactly.
         Under a Dirichlet process the mass beyond the truncation goes to the prior predictive.
 
         Parameters
@@ -875,11 +923,191 @@ class VariationalGMM(
         -------
         ndarray of shape (n_samples,)
         """
-        rows = self._rows(X)
+        return self._log_predictive(self._rows(X))
+
+    def _log_predictive(self, rows: Rows) -> np.ndarray:
         density = np.empty(rows.n_rows)
         self._fill(density, rows, bound.log_predictive, bound.predictive_floats_per_row)
-        density -= self._model.affine.log_abs_det
+        density -= self._log_scale(rows)
         return density
+
+    def impute(self, X: Any, return_std: bool = False) -> Any:
+        r"""Fill missing cells with their mean given the observed cells of the row.
+
+        .. math::
+            E[x_m | x_o] = \sum_k w_k \hat x_k, \qquad w_k \propto E[\pi_k]\, t_k(x_o)
+
+        with the Student-t densities of `log_predictive` and the conditional mean
+        :math:`\hat x_k` of each component: exactly the mean of the posterior predictive.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            NaN where cells are missing.
+        return_std : bool, default=False
+            Whether to return how uncertain each cell is.
+
+        Returns
+        -------
+        X : ndarray of shape (n_samples, n_features)
+            A copy; observed cells are as they were.
+        std : ndarray of shape (n_samples, n_features)
+            Only with `return_std`: standard deviations given the observed cells, zero for
+            observed ones. By the law of total variance over the components, each with the
+            variance under its expected precision ``precisions_``; a component without rows
+            would have no variance if its precision were integrated out.
+        """
+        check_is_fitted(self)
+        door = self._door(X, reset=False, ensure_all_finite="allow-nan")
+        filled, std = self._filled(door.X, door.device)
+        return (filled, std) if return_std else filled
+
+    def condition(self, X: Any, targets: Any, return_std: bool = False) -> Any:
+        """Return the mean of some features given the others: mixture regression.
+
+        That of :meth:`impute` with the cells of the targets taken as missing. Other cells of X
+        may be missing as well.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features) or (n_samples, n_features - n_targets)
+            All features, of which the targets are not looked at; or all but the targets, in
+            the order of fit. A frame that lacks target columns is of the second kind.
+        targets : int, str or list of these
+            Positions or names of the features to predict.
+        return_std : bool, default=False
+            Whether to return standard deviations, as by :meth:`impute`.
+
+        Returns
+        -------
+        mean : ndarray of shape (n_samples, n_targets)
+        std : ndarray of shape (n_samples, n_targets)
+            Only with `return_std`.
+
+        Raises
+        ------
+        ValueError
+            For targets that are unknown, repeated, none or all of the features.
+
+        See Also
+        --------
+        log_conditional : The predictive density that this is the mean of.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from skvi import VariationalGMM
+        >>> x = np.linspace(-3, 3, 200)
+        >>> gmm = VariationalGMM(n_components=8, random_state=0).fit(np.column_stack([x, x**2]))
+        >>> mean = gmm.condition([[-2.0], [0.0], [2.0]], targets=1)
+        >>> bool(abs(mean[:, 0] - [4, 0, 4]).max() < 0.5)
+        True
+        """
+        check_is_fitted(self)
+        index = self._targets(targets)
+        filled, std = self._filled(*self._masked(X, index))
+        return (filled[:, index], std[:, index]) if return_std else filled[:, index]
+
+    def log_conditional(self, X: Any, targets: Any) -> np.ndarray:
+        """Return the log predictive density of some features given the others, in nats.
+
+        ``log p(x) - log p(x without the targets)`` under the posterior predictive: a mixture of
+        Student-t densities of the targets that integrates to one.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_features)
+            The targets are looked at here; missing ones are integrated out.
+        targets : int, str or list of these
+            Positions or names of the features that the density is of.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+
+        Raises
+        ------
+        ValueError
+            For targets that are unknown, repeated, none or all of the features.
+        """
+        check_is_fitted(self)
+        index = self._targets(targets)
+        door = self._door(X, reset=False, ensure_all_finite="allow-nan")
+        given = door.X.copy()
+        given[:, index] = np.nan
+        whole, rest = (
+            self._log_predictive(self._fitted_rows(x, door.device)) for x in (door.X, given)
+        )
+        return whole - rest
+
+    def _filled(self, X: np.ndarray, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+        """Return X without holes, and the standard deviation of each cell."""
+        affine = self._model.affine
+        missing = np.isnan(X)
+        some = missing.any(axis=1)
+        filled, std = X.copy(), np.zeros_like(X)
+        if some.any():
+            rows = self._fitted_rows(X[some], device)
+            mean, var = moments = np.empty((2, rows.n_rows, rows.n_features))  # (M, D) each
+            self._fill(
+                moments.swapaxes(1, 2),
+                rows,
+                lambda posterior, prior, x: torch.stack(bound.conditional(posterior, prior, x)).mT,
+                bound.conditional_floats_per_row,
+            )
+            filled[missing] = (affine.shift + affine.scale * mean)[missing[some]]
+            std[missing] = (affine.scale * np.sqrt(var))[missing[some]]
+        return filled, std
+
+    def _targets(self, targets: Any) -> np.ndarray:
+        """Return the positions of features given by position or name."""
+        D = self.n_features_in_
+        names = list(getattr(self, "feature_names_in_", []))
+        wanted = [targets] if isinstance(targets, str | Integral) else list(targets)
+        index = []
+        for target in wanted:
+            if isinstance(target, str) and target in names:
+                index.append(names.index(target))
+            elif isinstance(target, Integral) and not isinstance(target, bool) and -D <= target < D:
+                index.append(int(target) % D)
+            else:
+                raise ValueError(
+                    f"targets={targets!r}: {target!r} is neither the position of one of the {D} "
+                    f"features nor one of their names, {names or 'of which fit saw none'}."
+                )
+        if not 0 < len(set(index)) == len(index) < D:
+            raise ValueError(
+                f"targets={targets!r} must name some of the {D} features, each once, and leave "
+                "at least one to condition on."
+            )
+        return np.array(index)
+
+    def _masked(self, X: Any, index: np.ndarray) -> tuple[np.ndarray, torch.device]:
+        """Return rows of all features with NaN for those of `index`, and the device."""
+        D = self.n_features_in_
+        others = np.setdiff1d(np.arange(D), index)
+        X = X if hasattr(X, "shape") else np.asarray(X)
+        if len(X.shape) != 2 or X.shape[1] != others.size:
+            door = self._door(X, reset=False, ensure_all_finite="allow-nan")
+            full = door.X.copy()
+            full[:, index] = np.nan
+            return full, door.device
+        device = resolve_device(self.device, X)
+        names, known = get_feature_names(X), getattr(self, "feature_names_in_", None)
+        if names is not None and known is not None and list(names) != list(known[others]):
+            raise ValueError(
+                f"X has the features {list(names)}; all features of fit, or all but the targets "
+                f"in their order, {list(known[others])}, were expected."
+            )
+        given = check_array(
+            to_host(X),
+            dtype=[np.float64, np.float32],
+            ensure_all_finite="allow-nan",
+            input_name="X",
+        )
+        full = np.full((len(given), D), np.nan, dtype=given.dtype)
+        full[:, others] = given
+        return full, device
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Return the weighted mean of `score_samples`: the bound in nats per row.
@@ -901,6 +1129,8 @@ class VariationalGMM(
     def transform(self, X: Any) -> np.ndarray:
         """Return the responsibilities ``q(z_n = k)`` of each row.
 
+        Those of a row with nothing observed are ``weights_``.
+
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)
@@ -912,7 +1142,11 @@ class VariationalGMM(
         """
         rows = self._rows(X)
         resp = np.empty((rows.n_rows, self._n_features_out), dtype=rows.dtype)
-        self._fill(resp.T, rows, lambda posterior, _, x: bound.responsibilities(posterior, x))
+        self._fill(
+            resp.T,
+            rows,
+            lambda posterior, _, x: bound.responsibilities(posterior, x, rows.workspace),
+        )
         return resp
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -932,7 +1166,11 @@ class VariationalGMM(
         """
         rows = self._rows(X)
         labels = np.empty(rows.n_rows, dtype=np.int64)
-        self._fill(labels, rows, lambda posterior, _, x: bound.log_rho(posterior, x).argmax(0))
+        self._fill(
+            labels,
+            rows,
+            lambda posterior, _, x: bound.log_rho(posterior, x, rows.workspace).argmax(0),
+        )
         return labels
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> tuple[np.ndarray, np.ndarray]:
@@ -961,7 +1199,44 @@ class VariationalGMM(
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.input_tags.allow_nan = True
         return tags
+
+
+def _make_rows(
+    X: np.ndarray,
+    affine: Affine,
+    device: torch.device,
+    weight: np.ndarray | None = None,
+    *,
+    keep: Literal["rows", "columns"] | None = None,
+) -> Rows:
+    """Return rows of the kind that X needs."""
+    kind = IncompleteRows if has_missing(X) else Rows
+    return kind(X, affine, device, weight, keep=keep)
+
+
+def _change_of_units(rows: Rows, weight: np.ndarray, affine: Affine) -> float:
+    """Return what the bound of weighted rows in fitted units exceeds that in the units of X by."""
+    if isinstance(rows, IncompleteRows):
+        return float(weight @ rows.log_abs_det())
+    return float(weight.sum()) * affine.log_abs_det
+
+
+def _check_observed(X: np.ndarray) -> None:
+    """Raise if nothing is observed of a feature."""
+    unseen = np.flatnonzero(np.isnan(np.fmax.reduce(X)))
+    if unseen.size:
+        raise ValueError(
+            f"Features {unseen.tolist()} of X have no observed value in the rows of positive "
+            "weight. Drop them, or fit on rows that have some."
+        )
+
+
+def _without_empty(X: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Leave out the rows with nothing observed."""
+    kept = ~np.isnan(X).all(axis=1)
+    return (X, weight) if kept.all() else (X[kept], weight[kept])
 
 
 def _correlation_eigenvalues(covariance: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ class Batches:
     side by side. A batch is an interval of the cumulative weight, where a row of weight w and w
     copies of it occupy the same interval; a row on the border belongs to both sides in part.
 
-    Memory is 16 bytes a row, and up to 64 MB for a copy of kept rows in this order; other rows are
+    Memory is 24 bytes a row, and up to 64 MB for a copy of kept rows in this order; other rows are
     gathered at every visit. One batch is the rows as they are.
 
     Parameters
@@ -45,11 +45,13 @@ class Batches:
             return
         direction = torch.from_numpy(rng.standard_normal(rows.n_features)).to(rows.device)
         rank, weight = np.empty(rows.n_rows), np.empty(rows.n_rows)
-        for where, x, w in rows.blocks(2 * rows.n_features):
+        for where in row_slices(rows.n_rows, block_rows(2 * rows.n_features, rows.device)):
+            x, w = rows.read(where)
             rank[where] = (x.nan_to_num(0.0) @ direction * _TEETH).remainder_(1.0).cpu().numpy()
             weight[where] = w.cpu().numpy()
         self._order = np.argsort(rank, kind="stable")
-        self._end = weight[self._order].cumsum()
+        self._own = weight[self._order]
+        self._end = self._own.cumsum()
         self._borders = self._end[-1] * (np.arange(n_batches + 1) / n_batches)
         self._copy: Tensor | None = None
         if stay_resident(rows):
@@ -58,7 +60,7 @@ class Batches:
             )
             self._copy = columns.T
             for part in row_slices(rows.n_rows, block_rows(rows.n_features, rows.device)):
-                self._copy[part] = rows[self._order[part]][0]
+                self._copy[part], _ = rows.read(self._order[part])
 
     def blocks(self, batch: int, floats_per_row: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(x, weight)`` of a batch in blocks whose workspace is `floats_per_row` a row."""
@@ -68,16 +70,20 @@ class Batches:
             return
         low, high = self._borders[batch], self._borders[batch + 1]
         first = int(np.searchsorted(self._end, low, side="right"))
-        last = min(int(np.searchsorted(self._end, high, side="left")), self._end.size - 1)
+        # The row that reaches across; or the last behind it whose weight the sum rounds off.
+        across = int(np.searchsorted(self._end, high, side="left"))
+        last = max(across, int(np.searchsorted(self._end, high, side="right")) - 1)
+        last = min(last, self._end.size - 1)
         height = block_rows(floats_per_row, self.rows.device)
         for start in range(first, last + 1, height):
             stop = min(start + height, last + 1)
             if self._copy is not None:
                 x = self._copy[start:stop]
             else:
-                x, _ = self.rows[self._order[start:stop]]
-            end = self._end[start:stop].clip(max=high)
-            begin = np.empty_like(end)
-            begin[1:] = self._end[start : stop - 1]
-            begin[0] = low if start == first else self._end[start - 1]
-            yield x, torch.from_numpy(end - begin).to(self.rows.device)
+                x, _ = self.rows.read(self._order[start:stop])
+            share = self._own[start:stop].copy()
+            for i in {first, across} & set(range(start, stop)):  # rows on a border count in part
+                begin = self._end[i - 1] if i else 0.0
+                if begin < low or self._end[i] > high:
+                    share[i - start] = min(self._end[i], high) - max(begin, low)
+            yield self.rows.present(x), torch.from_numpy(share).to(self.rows.device)

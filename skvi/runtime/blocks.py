@@ -1,7 +1,7 @@
 """Row blocks: a pass over data is a loop over blocks that fit the cache or the device."""
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ _WORKSPACE_BYTES = {"cpu": 1 << 23, "cuda": 1 << 29}
 _RESIDENT_BYTES = 1 << 27
 
 
-def block_rows(floats_per_row: int, device: torch.device) -> int:
+def block_rows(floats_per_row: int, device: torch.device, *, at_least: int = 64) -> int:
     """Return how many rows of `floats_per_row` float64 numbers fit a block on `device`."""
     budget = _WORKSPACE_BYTES[device.type] // 8
-    return max(64, budget // max(1, floats_per_row))
+    return max(at_least, budget // max(1, floats_per_row))
 
 
 def row_slices(n_rows: int, rows_per_block: int) -> Iterator[slice]:
@@ -139,14 +139,23 @@ class Rows:
         weight = np.array(self._weight[rows], dtype=np.float64)
         return torch.from_numpy(x).to(self.device), torch.from_numpy(weight).to(self.device)
 
-    def __getitem__(self, rows: slice | np.ndarray) -> tuple[Tensor, Tensor]:
+    def read(self, rows: slice | np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the rows (B, D) of a slice or an index in fitted units, and their weights (B,)."""
         if self._resident is None:
             return self._convert(rows)
         x, weight = self._resident
         return x[rows], weight[rows]
 
-    def blocks(self, floats_per_row: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def present(self, x: Tensor) -> Any:
+        """Return rows that were read as whoever works on them takes them: here as they are."""
+        return x
+
+    def __getitem__(self, rows: slice | np.ndarray) -> tuple[Any, Tensor]:
+        """Return the rows of a slice or an index in fitted units, presented, and their weights."""
+        x, weight = self.read(rows)
+        return self.present(x), weight
+
+    def blocks(self, floats_per_row: int) -> Iterator[tuple[slice, Any, Tensor]]:
         """Yield ``(rows, x, weight)`` in blocks whose workspace is `floats_per_row` a row."""
         for rows in row_slices(self.n_rows, block_rows(floats_per_row, self.device)):
             x, weight = self[rows]

@@ -441,13 +441,12 @@ class TestErrors:
             _fit(bad, covariance_type="diag")
         assert np.isfinite(_fit(bad, covariance_prior=np.eye(4)).elbo_)
 
-    @pytest.mark.parametrize("value", [np.nan, np.inf])
-    def test_non_finite_rows(self, X, value):
+    def test_infinite_rows(self, X):
         bad = X.copy()
-        bad[3, 1] = value
-        with pytest.raises(ValueError, match=r"NaN|infinity"):
+        bad[3, 1] = np.inf
+        with pytest.raises(ValueError, match="infinity"):
             _fit(bad)
-        with pytest.raises(ValueError, match=r"NaN|infinity"):
+        with pytest.raises(ValueError, match="infinity"):
             _fit(X).score_samples(bad)
 
     def test_too_large_numbers(self, X):

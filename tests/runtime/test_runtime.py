@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from skvi.runtime import blocks
+from skvi.runtime.batches import Batches
 from skvi.runtime.blocks import Affine, Rows, power_of_two, row_slices
 from skvi.runtime.device import resolve_device
 from skvi.runtime.linalg import inv_chol, log_det_from_chol
@@ -165,3 +166,34 @@ def test_cholesky_helpers(rng):
     assert_allclose(log_det_from_chol(chol), torch.linalg.slogdet(A)[1], rtol=1e-12)
     eye = torch.eye(4, dtype=torch.float64).expand(2, 4, 4)
     assert_allclose(inv_chol(chol) @ chol, eye, atol=1e-12)
+
+
+class TestBatches:
+    @given(
+        st.integers(2, 40),
+        st.integers(1, 9),
+        st.sampled_from([0.0, 3.0, 20.0]),
+        st.sampled_from([None, "columns"]),
+        st.integers(0, 2**32 - 1),
+    )
+    def test_batches_are_a_partition_of_the_weight(self, n, n_batches, spread, keep, seed):
+        """Even rows whose weight a running sum rounds off are in one batch, with their weight."""
+        rng = np.random.default_rng(seed)
+        X = rng.normal(size=(n, 2))[rng.integers(n, size=n)]
+        weight = np.exp(spread * rng.normal(size=n))
+        rows = Rows(X, Affine(np.zeros(2), np.ones(2)), CPU, weight, keep=keep)
+        batches = Batches(rows, n_batches, rng)
+        seen, sizes = {}, []
+        for batch in range(n_batches):
+            parts = list(batches.blocks(batch, 3))
+            sizes.append(sum(float(s.sum()) for _, s in parts))
+            for x, s in parts:
+                for row, share in zip(x.numpy(), s.tolist(), strict=True):
+                    assert share >= 0.0
+                    seen[tuple(row)] = seen.get(tuple(row), 0.0) + share
+        assert_allclose(sizes, weight.sum() / n_batches, rtol=1e-9)
+        for row in np.unique(X, axis=0):
+            own = weight[(row == X).all(1)].sum()
+            # A row on a border is cut by differences of the running sum.
+            assert_allclose(seen[tuple(row)], own, rtol=1e-9, atol=1e-13 * weight.sum())
+            assert seen[tuple(row)] > 0.0

@@ -27,6 +27,7 @@ from skvi.models.mixture.bound import (
     maximisation,
 )
 from skvi.models.mixture.components import Components, Moments, add_to
+from skvi.models.mixture.missing import IncompleteRows
 from skvi.runtime.blocks import Rows, block_rows
 
 # Restricted passes between two full ones.
@@ -54,8 +55,10 @@ def layout(
 def pays(rows: Rows, shape: type[Components], n_components: int) -> bool:
     """Whether leaving out is worth it: not where rows are converted anew in every pass.
 
-    Nor on a GPU, where many small products are slower than one large one.
+    Nor with missing cells; nor on a GPU, where many small products are slower than one large one.
     """
+    if isinstance(rows, IncompleteRows):
+        return False
     long = _product(shape, n_components, rows.n_features) >= _WORTHWHILE_PRODUCT
     return long and rows.kept and rows.device.type == "cpu"
 

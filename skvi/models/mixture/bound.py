@@ -8,6 +8,8 @@ With the global posterior ``q(pi) prod_k q(mu_k, Lambda_k)`` held fixed, the bes
 
 and the bound of row n is ``log sum_k rho_nk``; Bishop (2006), equations 10.46-10.49. Tensors of
 rows run (K, B): components first, so that every reduction over K reads contiguous rows.
+
+Rows are tensors (B, D), or `Cells` where some are missing; see :mod:`skvi.models.mixture.missing`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skvi.models.mixture.components import Components, Diag, Moments, add_to
+from skvi.models.mixture import missing
+from skvi.models.mixture.components import Components, Gamma, Moments, add_to
+from skvi.models.mixture.missing import Cells
 from skvi.models.mixture.weights import Weights
 from skvi.models.terms import ElboTerms
 from skvi.runtime.blocks import Rows, Workspace
@@ -74,8 +78,15 @@ def floats_per_row(components: Components) -> int:
 def predictive_floats_per_row(components: Components) -> int:
     """Workspace of :func:`log_predictive`, in float64 numbers a row."""
     K, D = components.mean.shape
-    # Diag multiplies univariate densities, so it cannot do without each difference.
-    return floats_per_row(components) + (4 * K * D if isinstance(components, Diag) else 0)
+    # Diag multiplies univariate densities, so it cannot do without each difference; nor can
+    # Spherical where features have been seen a different number of times.
+    return floats_per_row(components) + (4 * K * D if isinstance(components, Gamma) else 0)
+
+
+def conditional_floats_per_row(components: Components) -> int:
+    """Workspace of :func:`conditional`, in float64 numbers a row."""
+    K, D = components.mean.shape
+    return predictive_floats_per_row(components) + 4 * K * D
 
 
 class LogRho:
@@ -87,10 +98,10 @@ class LogRho:
     """
 
     def __init__(self, posterior: Posterior) -> None:
-        self._E_log_pi = posterior.weights.E_log()  # (K,)
+        self.E_log_pi = posterior.weights.E_log()  # (K,)
         self._components = components = posterior.components
         self._ill = components.take(components.ill) if components.ill.numel() else None
-        self._form = components.linear_form(self._E_log_pi)  # (K, F)
+        self._form = components.linear_form(self.E_log_pi)  # (K, F)
 
     def __call__(self, x: Tensor, monomials: Tensor, out: Tensor | None = None) -> Tensor:
         """Return it for rows (B, D) and their monomials (F, B), shape (K, B); in `out` if given."""
@@ -101,52 +112,102 @@ class LogRho:
         if self._ill is not None:
             some, index = self._ill, self._components.ill
             centred = some.E_log_prob(some.centred_distance(x - some.mean[:, None, :]))
-            result[index] = centred.add_(self._E_log_pi[index, None])
+            result[index] = centred.add_(self.E_log_pi[index, None])
         return result
 
 
-def log_rho(posterior: Posterior, x: Tensor) -> Tensor:
-    """``log rho_nk`` of rows (B, D), shape (K, B)."""
-    return LogRho(posterior)(x, posterior.components.monomials(x))
+def log_rho(posterior: Posterior, x: Tensor | Cells, workspace: Workspace | None = None) -> Tensor:
+    """``log rho_nk`` of rows (B, D), shape (K, B); ``log E[pi_k]`` where nothing is observed.
+
+    With a workspace it lies there: it holds until the next call.
+    """
+    components = posterior.components
+    if isinstance(x, Cells):
+        log_prob = missing.E_log_prob(components, x).add_(posterior.weights.E_log()[:, None])
+        # Nothing seen: the label is integrated out, and the bound is log 1.
+        log_mean = posterior.weights.log_mean()[0].log_softmax(0)
+        return torch.where(missing.empty(x), log_mean[:, None], log_prob)
+    if workspace is None:  # and then autograd can follow
+        return LogRho(posterior)(x, components.monomials(x))
+    (K, D), B = components.mean.shape, len(x)
+    monomials = workspace.take("monomials", x, components.n_monomials(D), B)
+    components.monomials(x, out=monomials)
+    return LogRho(posterior)(x, monomials, workspace.take("resp", x, K, B))
 
 
-def local_bound(posterior: Posterior, x: Tensor) -> Tensor:
+def local_bound(
+    posterior: Posterior, x: Tensor | Cells, workspace: Workspace | None = None
+) -> Tensor:
     """``log sum_k rho_nk`` of rows (B, D), shape (B,): the local bound in nats."""
-    return log_rho(posterior, x).logsumexp(0)
+    return log_rho(posterior, x, workspace).logsumexp(0)
 
 
-def responsibilities(posterior: Posterior, x: Tensor) -> Tensor:
+def responsibilities(
+    posterior: Posterior, x: Tensor | Cells, workspace: Workspace | None = None
+) -> Tensor:
     """``r_nk`` of rows (B, D), shape (K, B)."""
-    return log_rho(posterior, x).softmax(0)
+    return log_rho(posterior, x, workspace).softmax(0)
 
 
-def elbo_terms(posterior: Posterior, x: Tensor) -> ElboTerms[Tensor]:
-    """Return the terms of the local bound of rows (B, D), each of shape (B,)."""
+def elbo_terms(posterior: Posterior, x: Tensor | Cells) -> ElboTerms[Tensor]:
+    """Return the terms of the local bound of rows (B, D), each of shape (B,).
+
+    All are zero for a row with nothing observed.
+    """
     E_log_pi = posterior.weights.E_log()[:, None]  # (K, 1)
     log_joint = log_rho(posterior, x)  # (K, B)
     log_resp = log_joint.log_softmax(0)
     resp = log_resp.exp()
     # 0 log 0 = 0: a responsibility that underflowed must not turn -inf into NaN.
     log_resp = log_resp.clamp_min(torch.finfo(log_resp.dtype).min)
-    return ElboTerms(
+    terms = ElboTerms(
         reconstruction=(resp * (log_joint - E_log_pi)).sum(0),
         kl=(resp * (log_resp - E_log_pi)).sum(0),
         energy=(resp * log_joint).sum(0),
         entropy=-(resp * log_resp).sum(0),
     )
+    if isinstance(x, Cells):
+        terms = ElboTerms(*(torch.where(missing.empty(x), 0.0, term) for term in terms))
+    return terms
 
 
-def log_predictive(posterior: Posterior, prior: Posterior, x: Tensor) -> Tensor:
+def log_predictive(posterior: Posterior, prior: Posterior, x: Tensor | Cells) -> Tensor:
     """Log posterior predictive density of rows (B, D), shape (B,).
 
     ``log sum_k E[pi_k] t_k(x)`` with the Student-t of each component; under a Dirichlet process
     the mass beyond the truncation goes to the prior predictive.
     """
+    return _log_predictive_parts(posterior, prior, x).logsumexp(0)
+
+
+def _log_predictive_parts(posterior: Posterior, prior: Posterior, x: Tensor | Cells) -> Tensor:
+    """Terms of that sum, shape (K + 1, B): the last is the mass beyond the truncation."""
     log_weight, log_rest = posterior.weights.log_mean()
     components, new = posterior.components, prior.components
-    inside = log_weight[:, None] + components.log_student(x)  # (K, B)
-    beyond = log_rest + new.log_student(x)  # (1, B)
-    return torch.cat([inside, beyond]).logsumexp(0)
+    if isinstance(x, Cells):
+        inside, beyond = missing.log_student(components, x), missing.log_student(new, x)
+    else:
+        inside, beyond = components.log_student(x), new.log_student(x)
+    return torch.cat([log_weight[:, None] + inside, log_rest + beyond])
+
+
+def conditional(posterior: Posterior, prior: Posterior, x: Cells) -> tuple[Tensor, Tensor]:
+    r"""Return mean and variance of each cell given the observed ones of its row, (B, D) both.
+
+    .. math::
+        E[x_m | x_o] = \sum_k w_k \hat x_k, \quad
+        \mathrm{Var} = \sum_k w_k (v_k + (\hat x_k - E[x_m | x_o])^2), \quad
+        w_k \propto E[\pi_k] t_k(x_o)
+
+    The mean is that of the posterior predictive, exactly. Within a component the variance is
+    taken under the expected precision: the Student-t of a component without rows has none.
+    """
+    weight = _log_predictive_parts(posterior, prior, x).softmax(0)[:, :, None]  # (K + 1, B, 1)
+    parts = (missing.completed(law.components, x) for law in (posterior, prior))
+    location, variance = (torch.cat(pair) for pair in zip(*parts, strict=True))  # (K + 1, B, D)
+    mean = torch.where(x.observed, x.x, (weight * location).sum(0))
+    var = (weight * (variance + (location - mean).square())).sum(0)
+    return mean, var
 
 
 class Totals:
@@ -171,25 +232,21 @@ class Totals:
         self._bound = torch.zeros((), dtype=torch.float64, device=device)
         self._sums: tuple[Tensor, ...] | None = None  # of monomials
         self._ill_sums: tuple[Tensor, ...] | None = None  # of centred rows
+        self._incomplete: Moments | None = None  # of rows with missing cells, about the means
 
-    def add(self, x: Tensor, weight: Tensor) -> Tensor:
+    def add(self, x: Tensor | Cells, weight: Tensor) -> Tensor:
         """Add rows (B, D) with weights (B,); return responsibilities times weights, (K, B).
 
-        What is returned lies in the workspace: it holds until the next call.
+        What is returned may lie in the workspace: it holds until the next call.
         """
+        if isinstance(x, Cells):
+            return self._add_cells(x, weight)
         components = self.posterior.components
         (K, D), B = components.mean.shape, len(x)
         monomials = self._workspace.take("monomials", x, components.n_monomials(D), B)
         components.monomials(x, out=monomials)
-        # log rho until normalised
         resp = self._log_rho(x, monomials, self._workspace.take("resp", x, K, B))
-        # One exponential serves both. Responsibilities are normalised explicitly: a row 1e10
-        # spreads away has log rho of 1e19, where log sum exp cannot hold the log 2 of a tie.
-        largest = resp.amax(0)  # (B,)
-        resp.sub_(largest).exp_()
-        total = resp.sum(0)
-        self._bound += weight @ (largest + total.log())
-        resp.mul_(weight / total)
+        self._share_out(resp, weight)
         self._sums = add_to(self._sums, components.sums(x, monomials, resp))
         if self._ill is not None:
             r = resp[components.ill]
@@ -198,8 +255,43 @@ class Totals:
             self._ill_sums = add_to(self._ill_sums, (first, self._ill.scatter(diff, r)))
         return resp
 
+    def _share_out(self, log_rho: Tensor, weight: Tensor) -> Tensor:
+        """Turn log rho (K, B) into weighted responsibilities, in place; add the bound."""
+        resp = log_rho  # until normalised
+        # One exponential serves both. Responsibilities are normalised explicitly: a row 1e10
+        # spreads away has log rho of 1e19, where log sum exp cannot hold the log 2 of a tie.
+        largest = resp.amax(0)  # (B,)
+        resp.sub_(largest).exp_()
+        total = resp.sum(0)
+        self._bound += weight @ (largest + total.log())
+        return resp.mul_(weight / total)
+
+    def _add_cells(self, x: Cells, weight: Tensor) -> Tensor:
+        components = self.posterior.components
+        weight = torch.where(missing.empty(x), 0.0, weight)  # they say nothing
+        resp = weight.new_zeros(len(components.mean), len(weight))
+        whole = missing.complete(components, x)
+        if whole.numel():
+            resp[:, whole] = self.add(x.x[whole], weight[whole])
+        for batch in missing.batches(components, x):
+            log_rho = batch.E_log_prob().add_(self._log_rho.E_log_pi[:, None])
+            part = self._share_out(log_rho, weight[batch.rows])
+            self._incomplete = missing.added(self._incomplete, batch.moments(part))
+            resp[:, batch.rows] = part
+        return resp
+
     def result(self) -> tuple[Moments, float]:
         """Return the statistics of all rows and their weighted local bound in nats."""
+        if self._incomplete is None:
+            return self._complete_moments(), float(self._bound)
+        moments = self._incomplete
+        if self._sums is not None:
+            more = missing.moved(self._complete_moments(), moments.reference)
+            moments = missing.added(moments, more)
+        return moments, float(self._bound)
+
+    def _complete_moments(self) -> Moments:
+        """Return the statistics of the rows without missing cells."""
         components = self.posterior.components
         reference = torch.zeros_like(components.mean)
         assert self._sums is not None  # rows are never empty
@@ -210,7 +302,7 @@ class Totals:
             first, second = self._ill_sums
             moments.first[components.ill] = first
             moments.second[components.ill if len(moments.second) > 1 else slice(None)] = second
-        return moments, float(self._bound)
+        return moments
 
 
 def expectation(posterior: Posterior, rows: Rows) -> tuple[Moments, float]:
@@ -316,6 +408,6 @@ def sample(
         (prior.components, labels == K, np.zeros((labels == K).sum(), dtype=int)),
     ):
         if owner.size:
-            mean, kappa = law.mean.numpy()[owner], law.kappa.numpy()[owner]
-            x[chosen] = mean + np.sqrt(1.0 + 1.0 / kappa)[:, None] * law.draw_noise(owner, rng)
+            mean, kappa = law.mean.numpy()[owner], law.kappa_columns.numpy()[owner]
+            x[chosen] = mean + np.sqrt(1.0 + 1.0 / kappa) * law.draw_noise(owner, rng)
     return x, labels

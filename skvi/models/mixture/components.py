@@ -11,9 +11,11 @@ Diag        ``lambda_kd ~ Gam(dof_k / 2, s_kd / 2)``    ``sqrt(s)`` (K, D)
 Spherical   ``lambda_k ~ Gam(D dof_k / 2, t_k / 2)``    ``sqrt(t)`` (K,)
 ==========  ==========================================  ==================================
 
-so ``root`` is always a factor of the inverse scale. A prior is a record of the same class with
-K = 1, which broadcasts. Sources: Bishop (2006), section 10.2, equations 10.59-10.67 for Full; the
-others are the conjugate posteriors of their own gamma or shared Wishart priors.
+so ``root`` is always a factor of the inverse scale. Rows with missing cells inform Diag and
+Spherical about each feature a different number of times: kappa is (K, D) then, and so is the dof
+of Diag. A prior is a record of the same class with K = 1, which broadcasts. Sources: Bishop (2006),
+section 10.2, equations 10.59-10.67 for Full; the others are the conjugate posteriors of their own
+gamma or shared Wishart priors.
 
 All that a pass needs of the rows goes through one number per row and component, the squared
 distance ``|root^-1 (x - m)|^2``, and through weighted sums of the monomials of x. Both are matrix
@@ -55,35 +57,47 @@ class Moments(NamedTuple):
     second : Tensor
         ``sum_n r_nk (x_n - reference_k)(x_n - reference_k)'`` in the shape of the class: Full
         (K, D, D), Tied (1, D, D) summed over k, Diag (K, D), Spherical (K,).
+    cells : Tensor of shape (K, D), optional
+        Counts of each feature's observed cells, where Diag and Spherical have seen rows with
+        missing ones; None where every count is that of the rows.
     """
 
     reference: Tensor
     counts: Tensor
     first: Tensor
     second: Tensor
-
-    def map(self, function: Callable[[Any], Any]) -> Moments:
-        """Apply `function` to every array."""
-        return Moments(*(function(array) for array in self))
+    cells: Tensor | None = None
 
     def reordered(self, order: Tensor) -> Moments:
         """Return the statistics in another order of the components."""
-        reference, counts, first, second = self
+        reference, counts, first, second, cells = self
         shared = second.shape[0] == 1  # Tied: one scatter for all, which has no order
         return Moments(
-            reference[order], counts[order], first[order], second if shared else second[order]
+            reference[order],
+            counts[order],
+            first[order],
+            second if shared else second[order],
+            None if cells is None else cells[order],
         )
+
+    def map(self, function: Callable[[Any], Any]) -> Moments:
+        """Apply `function` to every array."""
+        reference, counts, first, second = (function(array) for array in self[:4])
+        cells = None if self.cells is None else function(self.cells)
+        return Moments(reference, counts, first, second, cells)
+
+    @property
+    def seen(self) -> Tensor:
+        """Counts of (K, 1), or those of each feature's cells (K, D)."""
+        return self.counts[:, None] if self.cells is None else self.cells
 
     def scaled(self, factor: float) -> Moments:
         """Return the statistics of the same rows with `factor` times their weight."""
-        return Moments(
-            self.reference, factor * self.counts, factor * self.first, factor * self.second
-        )
+        return self.map(lambda array: factor * array)._replace(reference=self.reference)
 
     def offset(self) -> Tensor:
         """Return means of the rows less the reference points, (K, D); zero without rows."""
-        counts = self.counts.clamp_min(torch.finfo(self.counts.dtype).tiny)
-        return self.first / counts[:, None]
+        return self.first / self.seen.clamp_min(torch.finfo(self.counts.dtype).tiny)
 
 
 @dataclass(frozen=True)
@@ -93,8 +107,8 @@ class Components(ABC):
     Attributes
     ----------
     mean : Tensor of shape (K, D)
-    kappa : Tensor of shape (K,)
-    dof : Tensor of shape (K,), or (1,) for Tied
+    kappa : Tensor of shape (K,), or (K, D)
+    dof : Tensor of shape (K,), or (1,) for Tied, or (K, D)
     root : Tensor
         Factor of the inverse scale, see the module docstring.
     """
@@ -110,6 +124,11 @@ class Components(ABC):
     def n_features(self) -> int:
         """Number of features D."""
         return self.mean.shape[-1]
+
+    @property
+    def kappa_columns(self) -> Tensor:
+        """Kappa of shape (K, 1), or (K, D) where features differ."""
+        return columns(self.kappa)
 
     def map(self, function: Callable[[Any], Any]) -> Self:
         """Apply `function` to every array."""
@@ -273,7 +292,8 @@ class Components(ABC):
     def log_prob_constant(self) -> Tensor:
         """What :meth:`E_log_prob` has besides the distance, shape (K,)."""
         D = self.n_features
-        return 0.5 * (self.E_log_det - D * LOG_2PI - D / self.kappa)
+        # The mean over features of something that all share is just that.
+        return 0.5 * (self.E_log_det - D * LOG_2PI - D * (1.0 / self.kappa_columns).mean(-1))
 
     def update(self, moments: Moments) -> Self:
         r"""Return the posterior of this prior.
@@ -283,7 +303,7 @@ class Components(ABC):
             W_k^{-1} = W_0^{-1} + N_k S_k
                 + \tfrac{\kappa_0 N_k}{\kappa_k} (\bar x_k - m_0)(\bar x_k - m_0)'
         """
-        reference, counts, first, second = moments
+        reference, counts, first, second, _ = moments
         kappa = self.kappa + counts  # (K,)
         # (kappa0 m0 + N reference + first) / kappa, without leaving the reference
         mean = reference + (first + self.kappa[:, None] * (self.mean - reference)) / kappa[:, None]
@@ -300,10 +320,11 @@ class Components(ABC):
         The Normal part given the precision is
         ``1/2 [D log(kappa/kappa0) + D kappa0/kappa - D + kappa0 E (m - m0)'Lambda(m - m0)]``.
         """
-        ratio = prior.kappa / self.kappa
-        distance = self.centred_distance((self.mean - prior.mean)[:, None, :])[:, 0]  # (K,)
-        pull = prior.kappa * self.precision_dof * distance
-        normal = 0.5 * (self.n_features * (ratio - 1.0 - ratio.log()) + pull)
+        ratio = prior.kappa_columns / self.kappa_columns  # (K, 1) or (K, D)
+        spread = (ratio - 1.0 - ratio.log()).mean(-1)  # (K,), of each feature
+        offset = prior.kappa_columns.sqrt() * (self.mean - prior.mean)
+        pull = self.precision_dof * self.centred_distance(offset[:, None, :])[:, 0]
+        normal = 0.5 * (self.n_features * spread + pull)
         return normal.sum() + self.kl_precision(prior)
 
     @classmethod
@@ -352,7 +373,7 @@ class Components(ABC):
         return self.inverse_scale() / self.precision_dof.reshape(-1, *[1] * (self.root.ndim - 1))
 
 
-class _Wishart(Components):
+class Wishart(Components):
     """Full precision matrices; Tied shares one."""
 
     @staticmethod
@@ -410,7 +431,7 @@ class _Wishart(Components):
         return normal
 
 
-class Full(_Wishart):
+class Full(Wishart):
     """One Wishart precision per component."""
 
     covariance_shape = "full"
@@ -451,7 +472,7 @@ class Full(_Wishart):
         return Moments(reference, table[:, 0], table[:, 1 : 1 + D], second)
 
 
-class Tied(_Wishart):
+class Tied(Wishart):
     """One Wishart precision that all components share."""
 
     covariance_shape = "tied"
@@ -507,7 +528,7 @@ class Tied(_Wishart):
         return self.dof + counts.sum(0, keepdim=True)
 
 
-class _Gamma(Components):
+class Gamma(Components):
     """Precisions without off-diagonal elements."""
 
     @staticmethod
@@ -524,8 +545,66 @@ class _Gamma(Components):
     def kl_precision(self, prior: Self) -> Tensor:
         return gamma.kl(*self.gamma(), *prior.gamma()).sum()
 
+    @classmethod
+    @abstractmethod
+    def pooled(cls, cells: Tensor) -> Tensor:
+        """Add up a quantity per feature, (K, D), over the features that share a precision."""
 
-class Diag(_Gamma):
+    @abstractmethod
+    def dof_update_of_cells(self, cells: Tensor) -> Tensor:
+        """Degrees of freedom after seeing `cells` (K, D) of the features."""
+
+    def update(self, moments: Moments) -> Self:
+        """Return the posterior; each feature by the count of its observed cells."""
+        reference, _, first, second, cells = moments
+        if cells is None:
+            return super().update(moments)
+        kappa0 = self.kappa_columns
+        kappa = kappa0 + cells  # (K, D)
+        mean = reference + (first + kappa0 * (self.mean - reference)) / kappa
+        offset = moments.offset()  # xbar - reference
+        pull = reference + offset - self.mean
+        square = kappa0 * cells / kappa * pull.square() - cells * offset.square()
+        scale = self.inverse_scale() + second + self.pooled(square)
+        return type(self)(mean, kappa, self.dof_update_of_cells(cells), self.factor(scale))
+
+    @classmethod
+    def merge(cls, first: Moments, second: Moments) -> Moments:
+        """Return the statistics of both sets of rows; each feature by its own counts."""
+        if first.cells is None and second.cells is None:
+            return super().merge(first, second)
+        n1, n2 = (moments.seen.expand_as(moments.first) for moments in (first, second))
+        cells = n1 + n2  # (K, D)
+        here, there = first.offset(), second.offset()
+        gap = (second.reference - first.reference) + (there - here)
+        step = n2 / cells.clamp_min(torch.finfo(cells.dtype).tiny) * gap
+        square = n1 * (step.square() - here.square()) + n2 * (
+            (step - gap).square() - there.square()
+        )
+        mean = first.reference + (here + step)
+        scatter = first.second + second.second + cls.pooled(square)
+        counts = first.counts + second.counts
+        return Moments(mean, counts, torch.zeros_like(mean), scatter, cells)
+
+    @cached_property
+    def cell_constant(self) -> Tensor:
+        """What the expected log density of a cell has besides its distance, (K, D)."""
+        shape, rate = (columns(parameter) for parameter in self.gamma())
+        constant = gamma.expected_log(shape, rate) - LOG_2PI - 1.0 / self.kappa_columns
+        return 0.5 * constant.expand_as(self.mean)
+
+    def energy(self, moments: Moments) -> Tensor:
+        """Sum over observed cells, in nats, from the statistics alone."""
+        if moments.cells is None and self.kappa.ndim == 1:
+            return super().energy(moments)
+        seen, offset = moments.seen.expand_as(self.mean), moments.offset()
+        away = moments.reference - self.mean + offset
+        about_mean = moments.second + self.pooled(seen * (away.square() - offset.square()))
+        shape, rate = self.gamma()
+        return (seen * self.cell_constant).sum() - 0.5 * (shape / rate * about_mean).sum()
+
+
+class Diag(Gamma):
     """An independent gamma precision per component and feature."""
 
     covariance_shape = "diag"
@@ -538,15 +617,34 @@ class Diag(_Gamma):
     def scatter(diff: Tensor, resp: Tensor) -> Tensor:
         return torch.matmul(resp[:, None, :], diff.square())[:, 0, :]  # (K, D)
 
+    @classmethod
+    def pooled(cls, cells: Tensor) -> Tensor:
+        return cells
+
+    def dof_update_of_cells(self, cells: Tensor) -> Tensor:
+        return columns(self.dof) + cells
+
     def gamma(self) -> tuple[Tensor, Tensor]:
-        return 0.5 * self.dof[:, None].expand_as(self.root), 0.5 * self.root.square()
+        return 0.5 * columns(self.dof).expand_as(self.root), 0.5 * self.root.square()
+
+    @property
+    def precision_dof(self) -> Tensor:
+        return self.dof if self.dof.ndim == 1 else torch.ones_like(self.dof[:, 0])
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """What distances are measured in, (K, D): `root`, with the dof of features if they vary."""
+        return self.root if self.dof.ndim == 1 else self.root / self.dof.sqrt()
+
+    def covariances(self) -> Tensor:
+        return self.unit.square() / self.precision_dof[:, None]
 
     @cached_property
     def E_log_det(self) -> Tensor:
         return gamma.expected_log(*self.gamma()).sum(-1)
 
     def centred_distance(self, diff: Tensor) -> Tensor:
-        return (diff / self.root[:, None, :]).square().sum(-1)
+        return (diff / self.unit[:, None, :]).square().sum(-1)
 
     def scaled_trace(self, second: Tensor) -> Tensor:
         return (second / self.root.square()).sum(-1)
@@ -561,13 +659,13 @@ class Diag(_Gamma):
 
     @cached_property
     def coefficients(self) -> Tensor:
-        scaled = self.mean / self.root  # (K, D)
+        scaled = self.mean / self.unit  # (K, D)
         constant = scaled.square().sum(-1, keepdim=True)
-        return torch.cat([constant, -2.0 * scaled / self.root, self.root.square().reciprocal()], 1)
+        return torch.cat([constant, -2.0 * scaled / self.unit, self.unit.square().reciprocal()], 1)
 
     @cached_property
     def amplification(self) -> Tensor:
-        return self.dof * ((self.mean.square() + 1.0) / self.root.square()).sum(-1)
+        return self.precision_dof * ((self.mean.square() + 1.0) / self.unit.square()).sum(-1)
 
     @classmethod
     def unpack(cls, reference: Tensor, sums: tuple[Tensor, ...]) -> Moments:
@@ -577,20 +675,24 @@ class Diag(_Gamma):
 
     def log_student(self, x: Tensor) -> Tensor:
         # A product of univariate t with scale^2 (1 + 1/kappa) s / dof.
-        factor = (1.0 + 1.0 / self.kappa) / self.dof  # (K,)
-        log_det = factor.log()[:, None] + 2.0 * self.root.log()  # (K, D)
+        return self.log_student_of_cells(x).sum(-1)
+
+    def log_student_of_cells(self, x: Tensor) -> Tensor:
+        """Log density of each cell of rows (B, D), shape (K, B, D)."""
+        dof = columns(self.dof)  # (K, 1) or (K, D)
+        factor = (1.0 + 1.0 / self.kappa_columns) / dof
+        log_det = factor.log() + 2.0 * self.root.log()  # (K, D)
         white = (x - self.mean[:, None, :]) / self.root[:, None, :]  # (K, B, D)
-        square = white.square() / factor[:, None, None]
-        dof = self.dof[:, None, None]
-        return student_t.log_density(square, log_det[:, None, :], dof, 1).sum(-1)
+        square = white.square() / factor[:, None, :]
+        return student_t.log_density(square, log_det[:, None, :], dof[:, None, :], 1)
 
     def draw_noise(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        dof, root = np.asarray(self.dof), np.asarray(self.root)
+        dof, root = np.asarray(columns(self.dof)), np.asarray(self.root)
         normal = rng.standard_normal((labels.size, self.n_features))
-        return root[labels] * normal / np.sqrt(rng.chisquare(dof[labels, None], normal.shape))
+        return root[labels] * normal / np.sqrt(rng.chisquare(dof[labels], normal.shape))
 
 
-class Spherical(_Gamma):
+class Spherical(Gamma):
     """One gamma precision per component, the same for every feature."""
 
     covariance_shape = "spherical"
@@ -602,6 +704,13 @@ class Spherical(_Gamma):
     @staticmethod
     def scatter(diff: Tensor, resp: Tensor) -> Tensor:
         return (resp * diff.square().sum(-1)).sum(-1)  # (K,)
+
+    @classmethod
+    def pooled(cls, cells: Tensor) -> Tensor:
+        return cells.sum(-1)
+
+    def dof_update_of_cells(self, cells: Tensor) -> Tensor:
+        return self.dof + cells.mean(-1)
 
     def gamma(self) -> tuple[Tensor, Tensor]:
         return 0.5 * self.precision_dof, 0.5 * self.root.square()
@@ -646,11 +755,23 @@ class Spherical(_Gamma):
         return Moments(reference, table[:, 0], table[:, 1:-1], table[:, -1])
 
     def log_student(self, x: Tensor) -> Tensor:
+        if self.kappa.ndim > 1:
+            return self.log_student_of_some(x, torch.ones_like(x))
         D, dof = self.n_features, self.precision_dof  # (K,)
         factor = (1.0 + 1.0 / self.kappa) / dof
         log_det = D * (factor.log() + 2.0 * self.root.log())  # (K,)
         square = self.squared_distance(x, self.monomials(x)) / factor[:, None]
         return student_t.log_density(square, log_det[:, None], dof[:, None], D)
+
+    def log_student_of_some(self, x: Tensor, observed: Tensor) -> Tensor:
+        """Log density of the cells of rows (B, D) where `observed` is 1 and not 0, (K, B)."""
+        dof = self.precision_dof[:, None]  # (K, 1)
+        variance = (1.0 + 1.0 / self.kappa_columns) / dof * self.root.square()[:, None]
+        variance = variance.expand_as(self.mean)  # (K, D)
+        diff = (x - self.mean[:, None, :]).mul_(observed)  # (K, B, D)
+        square = diff.square_().div_(variance[:, None, :]).sum(-1)
+        log_det = variance.log() @ observed.T  # (K, B)
+        return student_t.log_density(square, log_det, dof, observed.sum(-1))
 
     def draw_noise(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         dof, root = np.asarray(self.precision_dof), np.asarray(self.root)
@@ -665,6 +786,11 @@ def add_to(total: tuple[Tensor, ...] | None, block: tuple[Tensor, ...]) -> tuple
     for into, value in zip(total, block, strict=True):
         into.add_(value)
     return total
+
+
+def columns(per_component: Tensor) -> Tensor:
+    """Numbers per component (K,) as (K, 1); those that vary over features (K, D) as they are."""
+    return per_component if per_component.ndim == 2 else per_component[:, None]
 
 
 def _upper_triangle(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:

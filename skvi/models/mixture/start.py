@@ -4,6 +4,9 @@ Every start depends on the weighted set of rows alone: not on their order, and i
 exactly like repeated rows. Random choices are made by inverting the cumulative weight along a
 canonical order (the rank along a random direction), where a row of weight w and w copies of it
 occupy the same interval.
+
+Where cells are missing, centres are chosen among rows filled with the means, rows go to the centre
+that is nearest in the observed features, and the first statistics complete them around it.
 """
 
 import math
@@ -13,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skvi.models.mixture import missing
 from skvi.models.mixture.components import Components, Moments, add_to
+from skvi.models.mixture.missing import Cells, filled
 from skvi.runtime.blocks import Rows
 
 # Seeding looks at no more rows than this, drawn in proportion to their weight.
@@ -53,17 +58,28 @@ def start(
         reference[: len(centres)] = centres
 
     sums: tuple[Tensor, ...] | None = None
+    incomplete: Moments | None = None
+    around = missing.around(shape, reference)
     for _, x, weight in rows.blocks(shape.n_monomials(rows.n_features) + 4 * n_components):
-        if kind == "random":
-            r = resp(x)  # (K, B)
-        else:
+        labels = None if kind == "random" else _nearest(centres, x)  # (B,)
+        r = (resp(filled(x)) if labels is None else _one_hot(labels, n_components)) * weight
+        if isinstance(x, Cells):
+            for batch in missing.batches(around, x):
+                incomplete = missing.added(incomplete, batch.moments(r[:, batch.rows]))
+            whole = missing.complete(around, x)
+            if not whole.numel():
+                continue
+            x, r = x.x[whole], r[:, whole]
+            labels = None if labels is None else labels[whole]
+        if labels is not None:
             # Each row has one component, so it can be centred before its monomials are taken.
-            labels = _nearest(centres, x)  # (B,)
-            r = _one_hot(labels, n_components)
             x = x - centres[labels]
-        sums = add_to(sums, shape.sums(x, shape.monomials(x), r * weight))
-    assert sums is not None  # rows are never empty
-    return shape.unpack(reference, sums)
+        sums = add_to(sums, shape.sums(x, shape.monomials(x), r))
+    if sums is None:
+        assert incomplete is not None  # rows are never empty
+        return incomplete
+    moments = shape.unpack(reference, sums)
+    return moments if incomplete is None else missing.added(moments, incomplete)
 
 
 def _seed_rows(rows: Rows, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +92,7 @@ def _seed_rows(rows: Rows, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     offset = rng.random()
     rank, weight = np.empty(rows.n_rows), np.empty(rows.n_rows)
     for where, x, w in rows.blocks(rows.n_features):
-        rank[where] = (x @ direction).cpu().numpy()
+        rank[where] = (filled(x) @ direction).cpu().numpy()
         weight[where] = w.cpu().numpy()
     order = np.argsort(rank, kind="stable")
     cumulative = weight[order].cumsum()
@@ -88,7 +104,7 @@ def _seed_rows(rows: Rows, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
         seed_weight = np.full(_MAX_SEED_ROWS, total / _MAX_SEED_ROWS)
     else:
         seed_weight = weight[order]
-    return rows[order][0].cpu().numpy(), seed_weight
+    return filled(rows[order][0]).cpu().numpy(), seed_weight
 
 
 def _invert(cumulative: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -139,8 +155,11 @@ def _random_rows(
     return np.stack(centres)
 
 
-def _nearest(centres: Tensor, x: Tensor) -> Tensor:
-    """Index of the nearest centre of rows (B, D), shape (B,)."""
+def _nearest(centres: Tensor, x: Tensor | Cells) -> Tensor:
+    """Index of the nearest centre of rows (B, D) by their observed cells, shape (B,)."""
+    if isinstance(x, Cells):
+        square = 0.5 * centres.square() @ x.observed.double().T  # (K, B)
+        return (square - centres @ x.x.T).argmin(0)
     # |x|^2 is the same for every centre; fitted units keep the rest free of cancellation.
     return (0.5 * centres.square().sum(-1)[:, None] - centres @ x.T).argmin(0)
 
@@ -153,14 +172,20 @@ def _one_hot(labels: Tensor, n_components: int) -> Tensor:
 def _lloyd(centres: Tensor, rows: Rows) -> Tensor:
     """Lloyd's algorithm; a centre that loses all its rows stays where it is."""
     for _ in range(_MAX_LLOYD_PASSES):
-        counts = torch.zeros_like(centres[:, 0])  # (K,)
+        counts = torch.zeros_like(centres)  # (K, D)
         shift = torch.zeros_like(centres)  # (K, D)
-        for _, x, weight in rows.blocks(4 * len(centres) + 2 * rows.n_features):
+        for _, x, weight in rows.blocks(4 * len(centres) + 4 * rows.n_features):
             labels = _nearest(centres, x)
             resp = _one_hot(labels, len(centres)) * weight  # (K, B)
-            counts += resp.sum(-1)
-            shift += resp @ (x - centres[labels])
-        shift = torch.where(counts[:, None] > 0, shift / counts[:, None], 0.0)
+            diff = filled(x) - centres[labels]
+            if isinstance(x, Cells):
+                seen = x.observed.double()
+                counts += resp @ seen
+                diff *= seen
+            else:
+                counts += resp.sum(-1, keepdim=True)
+            shift += resp @ diff
+        shift = torch.where(counts > 0, shift / counts, 0.0)
         centres = centres + shift
         # Fitted units: rows have unit spread, so this is far below what the start can feel.
         if float(shift.abs().max()) < 1e-6:
