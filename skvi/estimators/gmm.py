@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -24,10 +24,12 @@ from skvi.estimators._base import (
 from skvi.estimators._compat import Interval, StrOptions, fit_context
 from skvi.inference.loop import Solution, climb
 from skvi.inference.monitor import Monitor, Status
+from skvi.inference.search import search
 from skvi.models.mixture import active, bound, start
 from skvi.models.mixture.active import AlternatingAscent
 from skvi.models.mixture.bound import Posterior, State
 from skvi.models.mixture.components import COMPONENTS, Components
+from skvi.models.mixture.moves import EMPTY, MOVES, Proposals
 from skvi.models.mixture.weights import WEIGHTS
 from skvi.models.terms import ElboTerms
 from skvi.runtime.blocks import Affine, Rows
@@ -42,6 +44,8 @@ _SINGULAR = 1e-13
 _NEARLY_SINGULAR = 1e-8
 # Rows further from the training data than this, in units of their spread, have no finite square.
 _LARGEST_FITTED = 1e150
+# After a move, a climb stops at this many nats per row; the last one goes on to `tol`.
+_ROUGH_TOL = 1e-3
 _EXTREME = (
     "A posterior covariance is singular to working precision: the data, the priors and the sample "
     "weights differ by too many orders of magnitude. Rescale the sample weights, standardise the "
@@ -125,10 +129,25 @@ class VariationalGMM(
     n_init : int, default=1
         Number of starts; the fit with the highest bound is kept.
     max_iter : int, default=1000
-        Limit of the passes over the data, per start.
+        Limit of the passes over the data, per start, those spent on moves included.
     tol : float, default=1e-5
         A start has converged when a pass raises the bound by less than `tol` nats per row (per
         unit of total weight).
+    moves : "auto", None or list or tuple of str, default="auto"
+        What is tried once coordinate ascent has converged, to leave a local optimum. "auto" is
+        all of these, None (or an empty list) none:
+
+        * "merge" makes one component of two;
+        * "delete" takes a component away, and its rows go to the others;
+        * "birth" splits a component by a small mixture of its rows, into empty components;
+        * "reorder" puts large components first, which the sticks of a Dirichlet process prefer.
+
+        Where no component is empty, a birth is paired with a merge or a deletion. A move is kept
+        only if a pass over all rows finds a higher bound, so the bound is never below that of
+        ``moves=None`` with the same `random_state`. The search ends when every proposal of a
+        round has failed; a round costs one pass to look for proposals (on a sample of the rows
+        where they exceed 32 MB), about as much again for trial splits, and at most four passes
+        for each of at most nine proposals.
     device : str or torch.device, default="auto"
         "auto": the device of X if it is a tensor, else CUDA if there is one, else the CPU. An
         explicit device that is missing is an error.
@@ -171,12 +190,18 @@ class VariationalGMM(
         The bound on ``log p(X)`` in nats: ``sum_n s_n score_samples(X)[n] - kl_``.
     kl_ : float
         ``KL(q(pi, mu, Lambda) || p(pi, mu, Lambda))`` in nats.
+    n_active_components_ : int
+        Number of components that hold more than half a row's worth of weight: ``N_k > 1/2``,
+        where ``N_k`` is the sum of responsibilities times sample weights. A component below that
+        is the prior, whatever its share in `weights_`.
     elbo_history_ : list of float
-        The bound after each pass of the kept start; the last entry is ``elbo_``.
+        The bound after each pass of the kept start; the last entry is ``elbo_``. A pass spent on
+        a proposal that was not (yet) better repeats the entry before it.
     n_iter_ : int
         Passes of the kept start.
     converged_ : bool
-        Whether the kept start reached `tol`.
+        Whether the kept start reached `tol`. A search for moves that `max_iter` cut short at a
+        converged state counts as converged.
     n_features_in_ : int
     feature_names_in_ : ndarray of shape (n_features_in_,)
         Only if X had feature names that are all strings.
@@ -190,6 +215,9 @@ class VariationalGMM(
     ----------
     Bishop (2006), Pattern Recognition and Machine Learning, section 10.2.
     Blei & Jordan (2006), Variational inference for Dirichlet process mixtures, Bayesian Analysis.
+    Ueda & Ghahramani (2002), Bayesian model search for mixture models, Neural Networks.
+    Hughes & Sudderth (2013), Memoized online variational inference for Dirichlet process mixture
+    models, NeurIPS.
 
     Examples
     --------
@@ -217,6 +245,7 @@ class VariationalGMM(
         "n_init": [Interval(Integral, 1, None, closed="left")],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0.0, None, closed="left")],
+        "moves": [None, StrOptions({"auto"}), list, tuple],
         "device": [str, torch.device],
         "random_state": ["random_state"],
         "warm_start": ["boolean"],
@@ -238,6 +267,7 @@ class VariationalGMM(
         n_init: int = 1,
         max_iter: int = 1000,
         tol: float = 1e-5,
+        moves: Any = "auto",
         device: str | torch.device = "auto",
         random_state: Any = None,
         warm_start: bool = False,
@@ -255,6 +285,7 @@ class VariationalGMM(
         self.n_init = n_init
         self.max_iter = max_iter
         self.tol = tol
+        self.moves = moves
         self.device = device
         self.random_state = random_state
         self.warm_start = warm_start
@@ -286,6 +317,7 @@ class VariationalGMM(
             For invalid parameters or data; for constant features without a
             `covariance_prior`; for a `warm_start` from a fit of another shape.
         """
+        self._kinds_of_moves()
         with self._all_or_nothing():
             door = self._door(X, reset=True, ensure_min_samples=2)
             weight = self._weights(sample_weight, door.X)
@@ -315,11 +347,12 @@ class VariationalGMM(
         best: Solution[State] | None = None
         failure: Exception | None = None
         for _ in range(self.n_init):
+            (child,) = rng.spawn(1)
             moments = start.start(
                 self.init_params, rows, type(prior.components), self.n_components, rng
             )
             try:
-                solution = self._climb(prior, rows, State(prior, moments), affine, weight)
+                solution = self._climb(prior, rows, State(prior, moments), affine, weight, child)
             except (ValueError, torch.linalg.LinAlgError) as error:
                 failure = error  # one start may fail where others do not
                 continue
@@ -361,7 +394,8 @@ class VariationalGMM(
         hyper = self._hyperparameters(rows, affine, float(weight.sum()), before)
         prior = self._prior(hyper, affine, device)
         moments, _ = bound.expectation(posterior, rows)
-        solution = self._climb(prior, rows, State(posterior, moments), affine, weight)
+        rng = make_rng(draw_seed(self.random_state))
+        solution = self._climb(prior, rows, State(posterior, moments), affine, weight, rng)
         self._publish(solution, prior, hyper, affine)
 
     def _climb(
@@ -371,10 +405,11 @@ class VariationalGMM(
         state: State,
         affine: Affine,
         weight: np.ndarray,
+        rng: np.random.Generator,
     ) -> Solution[State]:
         total = float(weight.sum())
         change_of_units = total * affine.log_abs_det
-        ascend = bound.coordinate_ascent(prior, rows)
+        ascend = full_pass = bound.coordinate_ascent(prior, rows)
         alternating = None
         if active.pays(rows, type(prior.components), self.n_components):
             # What passes over active components give away stays far below the tolerance.
@@ -387,20 +422,69 @@ class VariationalGMM(
             state, value = ascend(state)
             return state, value - change_of_units
 
+        def attempt(state: State) -> tuple[State, float]:
+            try:
+                state, value = full_pass(state)
+            except torch.linalg.LinAlgError:
+                return state, np.nan  # a proposal may fail where others do not
+            return state, value - change_of_units
+
         monitor = Monitor(self.tol, scale=total, verbose=self.verbose, name="VariationalGMM")
-        solution = climb(step, state, max_iter=self.max_iter, monitor=monitor)
-        while (
-            alternating is not None
-            and solution.status is Status.CONVERGED
-            and not alternating.looked_at_everything
-        ):
-            # Only a full pass may say so.
-            alternating.look_at_everything()
-            left = self.max_iter - solution.n_iter
-            solution = climb(step, solution.state, max_iter=left, monitor=monitor)
+
+        def ascend_from(state: State, tol: float) -> Solution[State]:
+            monitor.tol = tol
+            left = self.max_iter - monitor.n_iter
+            if alternating is not None:
+                alternating.restart(left)
+            solution = climb(step, state, max_iter=left, monitor=monitor)
+            while (
+                alternating is not None
+                and solution.status is Status.CONVERGED
+                and not alternating.looked_at_everything
+            ):
+                # Only a full pass may say so.
+                alternating.look_at_everything()
+                left = self.max_iter - solution.n_iter
+                solution = climb(step, solution.state, max_iter=left, monitor=monitor)
+            monitor.tol = self.tol
+            return solution
+
+        solution = ascend_from(state, self.tol)
+        kinds = self._kinds_of_moves()
+        if kinds and solution.status is Status.CONVERGED:
+            summit = solution.bound
+            propose = Proposals(prior, rows, kinds, rng)
+
+            def proposals(state: State) -> Iterator[State]:
+                try:
+                    yield from propose(state)
+                except torch.linalg.LinAlgError:
+                    return  # what cannot be predicted is not tried
+
+            solution = search(
+                solution,
+                proposals,
+                attempt,
+                lambda state: ascend_from(state, max(self.tol, _ROUGH_TOL)),
+                max_iter=self.max_iter,
+                monitor=monitor,
+            )
+            if solution.bound > summit and monitor.n_iter < self.max_iter:
+                solution = ascend_from(solution.state, self.tol)
         if solution.status is Status.NON_FINITE:
             raise ValueError(_EXTREME)
         return solution
+
+    def _kinds_of_moves(self) -> tuple[str, ...]:
+        if self.moves is None:
+            return ()
+        kinds = MOVES if isinstance(self.moves, str) else tuple(self.moves)
+        unknown = [kind for kind in kinds if kind not in MOVES]
+        if unknown:
+            raise ValueError(
+                f'moves={self.moves!r} contains {unknown}; use "auto", None, or some of {MOVES}.'
+            )
+        return kinds
 
     def _fitted_units(self, X: np.ndarray, weight: np.ndarray) -> Affine:
         """Shift to the mean and scale to unit spread: exact changes of variables of the model."""
@@ -597,6 +681,8 @@ class VariationalGMM(
         self.weights_ = weights / weights.sum()
         parameters = tuple(vars(self._model.posterior.weights).values())
         self.weight_concentration_ = parameters[0] if len(parameters) == 1 else parameters
+        counts = posterior.components.kappa - prior.components.kappa
+        self.n_active_components_ = int((counts > EMPTY).sum())
         self.elbo_ = solution.bound
         self.kl_ = float(posterior.kl(prior))
         self.elbo_history_ = solution.history

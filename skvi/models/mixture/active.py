@@ -73,15 +73,17 @@ class AlternatingAscent:
             self._active = [column.nonzero()[:, 0] for column in self._needed.T]
             n_pairs = sum(index.numel() for index in self._active)
             full = n_pairs > _LARGEST_SHARE * self._needed.numel()
-        order = self._prior.weights.best_order(state.moments.counts)
-        if order is not None:
-            state = state._replace(moments=state.moments.reordered(order))
-            self._active = [self._active[k] for k in order.tolist()] if self._active else []
         posterior = maximisation(self._prior, state.moments)
         moments, local = self._full_pass(posterior) if full else self._restricted_pass(posterior)
         self._n_restricted = 0 if full else self._n_restricted + 1
         self.looked_at_everything = full
         return State(posterior, moments), local - float(posterior.kl(self._prior))
+
+    def restart(self, max_iter: int) -> None:
+        """Begin with a full pass from another state; the step of number `max_iter` is full too."""
+        self._n_steps = 0
+        self._max_iter = max_iter
+        self.look_at_everything()
 
     def look_at_everything(self) -> None:
         """Make the next step a full pass."""

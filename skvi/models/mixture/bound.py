@@ -183,13 +183,7 @@ def expectation(posterior: Posterior, rows: Rows) -> tuple[Moments, float]:
 
 
 def maximisation(prior: Posterior, moments: Moments) -> Posterior:
-    """Return the optimal global posterior given the statistics of the rows.
-
-    The labels may be exchanged for an order of components that the weights' prior likes better.
-    """
-    order = prior.weights.best_order(moments.counts)
-    if order is not None:
-        moments = moments.reordered(order)
+    """Return the optimal global posterior given the statistics of the rows."""
     return Posterior(prior.weights.update(moments.counts), prior.components.update(moments))
 
 

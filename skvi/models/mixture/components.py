@@ -166,6 +166,10 @@ class Components(ABC):
         """Return the statistics about `reference` of rows that were given relative to it."""
 
     @abstractmethod
+    def log_normaliser(self) -> Tensor:
+        """Log of what normalises ``q(Lambda_k)``, shape (K,) or (1,)."""
+
+    @abstractmethod
     def kl_precision(self, prior: Self) -> Tensor:
         """``sum_k KL(q(Lambda_k) || p(Lambda_k))``; a shared precision counts once."""
 
@@ -265,6 +269,24 @@ class Components(ABC):
         normal = 0.5 * (self.n_features * (ratio - 1.0 - ratio.log()) + pull)
         return normal.sum() + self.kl_precision(prior)
 
+    def log_evidence(self, posterior: Self) -> Tensor:
+        r"""Log density of the rows that led from this prior to `posterior`, in nats.
+
+        .. math::
+            \log Z(q(\Lambda_k)) - \log Z(p(\Lambda_k))
+            + \tfrac D2 \log(\kappa_0 / \kappa_k) - \tfrac{N_k D}2 \log 2\pi
+
+        which equals the components' part of the bound at the best posterior.
+
+        Returns
+        -------
+        Tensor of shape (K,), or (1,) for Tied: one number for all.
+        """
+        counts = posterior.kappa - self.kappa
+        mean = 0.5 * self.n_features * ((self.kappa / posterior.kappa).log() - counts * LOG_2PI)
+        precision = posterior.log_normaliser() - self.log_normaliser()
+        return precision + (mean if len(precision) == len(mean) else mean.sum(0, keepdim=True))
+
     def covariances(self) -> Tensor:
         """``E[Lambda_k]^-1`` in the shape of `root`."""
         return self.inverse_scale() / self.precision_dof.reshape(-1, *[1] * (self.root.ndim - 1))
@@ -301,6 +323,9 @@ class _Wishart(Components):
 
     def centred_distance(self, diff: Tensor) -> Tensor:
         return torch.matmul(diff, self.whitener).square().sum(-1)  # (K, B)
+
+    def log_normaliser(self) -> Tensor:
+        return wishart.log_normaliser(self.dof, self.root)
 
     def kl_precision(self, prior: Self) -> Tensor:
         return wishart.kl(self.dof, self.root, prior.dof, prior.root).sum()
@@ -434,6 +459,10 @@ class _Gamma(Components):
     @abstractmethod
     def gamma(self) -> tuple[Tensor, Tensor]:
         """Shape and rate of the precisions, each in the shape of `root`."""
+
+    def log_normaliser(self) -> Tensor:
+        each = gamma.log_normaliser(*self.gamma())
+        return each.reshape(len(each), -1).sum(-1)
 
     def kl_precision(self, prior: Self) -> Tensor:
         return gamma.kl(*self.gamma(), *prior.gamma()).sum()
