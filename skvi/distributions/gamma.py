@@ -19,6 +19,11 @@ def expected_log(shape: Tensor, rate: Tensor) -> Tensor:
     return torch.digamma(shape) - rate.log()
 
 
+def log_normaliser(shape: Tensor, rate: Tensor) -> Tensor:
+    """``log Gamma(a) - a log b``: the log integral of ``x^(a - 1) exp(-b x)``."""
+    return torch.lgamma(shape) - shape * rate.log()
+
+
 def entropy(shape: Tensor, rate: Tensor) -> Tensor:
     """``H[Gam(a, b)] = a - log b + log Gamma(a) + (1 - a) psi(a)``."""
     return shape - rate.log() + torch.lgamma(shape) + (1.0 - shape) * torch.digamma(shape)

@@ -24,6 +24,17 @@ def _multivariate_digamma(x: Tensor, dim: int) -> Tensor:
     return torch.digamma(x[..., None] - offsets).sum(-1)
 
 
+def log_normaliser(dof: Tensor, scale_inv_chol: Tensor) -> Tensor:
+    """Return ``log Z`` of the module docstring."""
+    dim = scale_inv_chol.shape[-1]
+    # log Gamma_D(x) = D (D - 1) / 4 log pi + sum_{d<D} log Gamma(x - d / 2)
+    offsets = torch.arange(dim, dtype=dof.dtype, device=dof.device) / 2.0
+    log_gamma = torch.lgamma(dof[..., None] / 2.0 - offsets).sum(-1)
+    log_gamma = log_gamma + 0.25 * dim * (dim - 1) * math.log(math.pi)
+    half = 0.5 * dof
+    return half * (dim * math.log(2.0) - log_det_from_chol(scale_inv_chol)) + log_gamma
+
+
 def expected_log_det(dof: Tensor, scale_inv_chol: Tensor) -> Tensor:
     """``E[log|Lambda|] = sum_{d<D} psi((nu - d)/2) + D log 2 + log|W|``."""
     dim = scale_inv_chol.shape[-1]

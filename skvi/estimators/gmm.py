@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -25,6 +25,7 @@ from skvi.estimators._base import (
 from skvi.estimators._compat import Interval, StrOptions, fit_context, get_feature_names
 from skvi.inference.loop import Solution, climb
 from skvi.inference.monitor import Monitor, Status
+from skvi.inference.search import search
 from skvi.models.mixture import active, bound, start
 from skvi.models.mixture.active import AlternatingAscent
 from skvi.models.mixture.ascent import Ascent, CoordinateAscent, count_batches, laps_pay
@@ -32,8 +33,9 @@ from skvi.models.mixture.bound import Posterior, Share, State
 from skvi.models.mixture.components import COMPONENTS, Components
 from skvi.models.mixture.memoized import MemoizedAscent
 from skvi.models.mixture.missing import Cells, IncompleteRows, has_missing
+from skvi.models.mixture.moves import EMPTY, MOVES, Proposals
 from skvi.models.mixture.stochastic import StochasticAscent
-from skvi.models.mixture.weights import WEIGHTS
+from skvi.models.mixture.weights import WEIGHTS, OrderedSticks, StickBreaking
 from skvi.models.terms import ElboTerms
 from skvi.runtime.batches import Batches
 from skvi.runtime.blocks import Affine, Rows
@@ -49,6 +51,8 @@ _SINGULAR = 1e-13
 _NEARLY_SINGULAR = 1e-8
 # Rows further from the training data than this, in units of their spread, have no finite square.
 _LARGEST_FITTED = 1e150
+# After a move, a climb stops at this many nats per row; the last one goes on to `tol`.
+_ROUGH_TOL = 1e-3
 _EXTREME = (
     "A posterior covariance is singular to working precision: the data, the priors and the sample "
     "weights differ by too many orders of magnitude. Rescale the sample weights, standardise the "
@@ -166,12 +170,29 @@ class VariationalGMM(
     n_init : int, default=1
         Number of starts; the fit with the highest bound is kept.
     max_iter : int, default=1000
-        Limit of the passes over the data, per start.
+        Limit of the passes over the data, per start, those spent on moves included.
     tol : float, default=1e-5
         A start has converged when a pass raises the bound by less than `tol` nats per row (per
         unit of total weight). Passes that update the posterior on the way, or leave something
         out, are followed by one that does neither: the limit counts it, and "cavi" and
         "memoized" go on if it does not confirm.
+    moves : "auto", None or list or tuple of str, default="auto"
+        What is tried once the ascent has converged, to leave a local optimum. "auto" is all of
+        these, but only "reorder" with missing cells or algorithm="svi"; None (or an empty list)
+        is none:
+
+        * "merge" makes one component of two;
+        * "delete" takes a component away, and its rows go to the others;
+        * "birth" splits a component by a small mixture of its rows, into empty components;
+        * "reorder" puts large components first, in every pass, where the sticks of a Dirichlet
+          process prefer that.
+
+        Where no component is empty, a birth is paired with a merge or a deletion. A move is kept
+        only if a pass over all rows finds a higher bound, so the bound is never below that of
+        ``moves=None`` with the same `random_state`. The search ends when every proposal of a
+        round has failed; a round costs one pass to look for proposals (on a sample of the rows
+        where they exceed 32 MB), about as much again for trial splits, and at most four passes
+        for each of at most nine proposals.
     device : str or torch.device, default="auto"
         "auto": the device of X if it is a tensor, else CUDA if there is one, else the CPU. An
         explicit device that is missing is an error.
@@ -217,15 +238,21 @@ class VariationalGMM(
         `partial_fit` of another block, see there.
     kl_ : float
         ``KL(q(pi, mu, Lambda) || p(pi, mu, Lambda))`` in nats.
+    n_active_components_ : int
+        Number of components that hold more than half a row's worth of weight: ``N_k > 1/2``,
+        where ``N_k`` is the sum of responsibilities times sample weights. A component below that
+        is the prior, whatever its share in `weights_`.
     elbo_history_ : list of float
         The bound after each pass of the kept start; the last entry is ``elbo_``. After a pass over
         batches it is the exact bound of the posterior then and of the responsibilities that each
         batch had at its visit. `partial_fit` adds an entry per call, on all rows so far.
+        A pass spent on a proposal that was not (yet) better repeats the entry before it.
     n_iter_ : int
         Passes of the kept start; `partial_fit` makes one more per call.
     converged_ : bool
         Whether the kept start reached `tol`. False after `partial_fit` of another block, since
         no row is visited twice.
+        A search for moves that `max_iter` cut short at a converged state counts as converged.
     n_samples_seen_ : float
         Sum of the sample weights of all rows of the last `fit` and of `partial_fit` since.
     n_features_in_ : int
@@ -242,8 +269,9 @@ class VariationalGMM(
     Bishop (2006), Pattern Recognition and Machine Learning, section 10.2.
     Blei & Jordan (2006), Variational inference for Dirichlet process mixtures, Bayesian Analysis.
     Hughes & Sudderth (2013), Memoized online variational inference for Dirichlet process mixture
-    models. Hoffman, Blei, Wang & Paisley (2013), Stochastic variational inference. Broderick et
-    al. (2013), Streaming variational Bayes.
+    models, NeurIPS. Hoffman, Blei, Wang & Paisley (2013), Stochastic variational inference.
+    Broderick et al. (2013), Streaming variational Bayes. Ueda & Ghahramani (2002), Bayesian model
+    search for mixture models, Neural Networks.
 
     Examples
     --------
@@ -275,6 +303,7 @@ class VariationalGMM(
         "n_init": [Interval(Integral, 1, None, closed="left")],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0.0, None, closed="left")],
+        "moves": [None, StrOptions({"auto"}), list, tuple],
         "device": [str, torch.device],
         "random_state": ["random_state"],
         "warm_start": ["boolean"],
@@ -300,6 +329,7 @@ class VariationalGMM(
         n_init: int = 1,
         max_iter: int = 1000,
         tol: float = 1e-5,
+        moves: Any = "auto",
         device: str | torch.device = "auto",
         random_state: Any = None,
         warm_start: bool = False,
@@ -321,6 +351,7 @@ class VariationalGMM(
         self.n_init = n_init
         self.max_iter = max_iter
         self.tol = tol
+        self.moves = moves
         self.device = device
         self.random_state = random_state
         self.warm_start = warm_start
@@ -354,6 +385,7 @@ class VariationalGMM(
             constant features without a `covariance_prior`; for a `warm_start` from a fit of
             another shape.
         """
+        self._kinds_of_moves()
         with self._all_or_nothing():
             self._fit(X, sample_weight, warm=self.warm_start and hasattr(self, "_model"))
         self._warn_unless_converged()
@@ -435,17 +467,19 @@ class VariationalGMM(
     def _fit_cold(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
         affine = self._fitted_units(X, weight)
         rows = _make_rows(X, affine, device, weight, keep=self._layout(X.shape[1]))
+        self._kinds_of_moves(rows)  # refused here, not by each start
         hyper = self._hyperparameters(rows, affine, float(weight.sum()))
         prior = self._prior(hyper, affine, device)
         rng = make_rng(draw_seed(self.random_state))
         best: Solution[State] | None = None
         failure: Exception | None = None
         for _ in range(self.n_init):
+            (child,) = rng.spawn(1)
             moments = start.start(
                 self.init_params, rows, type(prior.components), self.n_components, rng
             )
             try:
-                solution = self._climb(prior, rows, State(prior, moments), affine, weight, rng)
+                solution = self._climb(prior, rows, State(prior, moments), affine, weight, child)
             except (ValueError, torch.linalg.LinAlgError) as error:
                 failure = error  # one start may fail where others do not
                 continue
@@ -538,23 +572,83 @@ class VariationalGMM(
         total = float(weight.sum())
         change_of_units = _change_of_units(rows, weight, affine)
         ascend = self._ascent(prior, rows, total, rng)
+        full_pass = bound.coordinate_ascent(prior, rows)
 
         def step(state: State) -> tuple[State, float]:
             state, value = ascend(state)
             return state, value - change_of_units
 
+        def attempt(state: State) -> tuple[State, float]:
+            try:
+                state, value = full_pass(state)
+            except torch.linalg.LinAlgError:
+                return state, np.nan  # a proposal may fail where others do not
+            return state, value - change_of_units
+
         monitor = Monitor(self.tol, scale=total, verbose=self.verbose, name="VariationalGMM")
-        solution = climb(step, state, max_iter=self.max_iter, monitor=monitor)
-        while solution.status is Status.CONVERGED and not ascend.looked_at_everything:
-            # Only a full pass may say so; after steps that rise and fall it is asked once.
-            ascend.look_at_everything()
-            left = self.max_iter - solution.n_iter if ascend.rises else 1
-            solution = climb(step, solution.state, max_iter=left, monitor=monitor)
-            if not ascend.rises and solution.status is Status.MAX_ITER:
-                solution = solution._replace(status=Status.CONVERGED)
+
+        def ascend_from(state: State, tol: float) -> Solution[State]:
+            monitor.tol = tol
+            ascend.restart(self.max_iter - monitor.n_iter)
+            left = self.max_iter - monitor.n_iter
+            solution = climb(step, state, max_iter=left, monitor=monitor)
+            while solution.status is Status.CONVERGED and not ascend.looked_at_everything:
+                # Only a full pass may say so; after steps that rise and fall it is asked once.
+                ascend.look_at_everything()
+                left = self.max_iter - solution.n_iter if ascend.rises else 1
+                solution = climb(step, solution.state, max_iter=left, monitor=monitor)
+                if not ascend.rises and solution.status is Status.MAX_ITER:
+                    solution = solution._replace(status=Status.CONVERGED)
+            monitor.tol = self.tol
+            return solution
+
+        solution = ascend_from(state, self.tol)
+        kinds = self._kinds_of_moves(rows) - {"reorder"}
+        if kinds and solution.status is Status.CONVERGED:
+            summit = solution.bound
+            propose = Proposals(prior, rows, kinds, rng)
+
+            def proposals(state: State) -> Iterator[State]:
+                try:
+                    yield from propose(state)
+                except torch.linalg.LinAlgError:
+                    return  # what cannot be predicted is not tried
+
+            solution = search(
+                solution,
+                proposals,
+                attempt,
+                lambda state: ascend_from(state, max(self.tol, _ROUGH_TOL)),
+                max_iter=self.max_iter,
+                monitor=monitor,
+            )
+            if solution.bound > summit and monitor.n_iter < self.max_iter:
+                solution = ascend_from(solution.state, self.tol)
         if solution.status is Status.NON_FINITE:
             raise ValueError(_EXTREME)
         return solution
+
+    def _kinds_of_moves(self, rows: Rows | None = None) -> frozenset[str]:
+        """Return the moves to make; with `rows`, those that can be made with them."""
+        if self.moves is None:
+            return frozenset()
+        wanted = MOVES if isinstance(self.moves, str) else tuple(self.moves)
+        unknown = [kind for kind in wanted if kind not in MOVES]
+        if unknown:
+            raise ValueError(
+                f'moves={self.moves!r} contains {unknown}; use "auto", None, or some of {MOVES}.'
+            )
+        kinds = frozenset(wanted)
+        obstacle = None
+        if isinstance(rows, IncompleteRows):
+            obstacle = "X has missing cells"
+        elif self.algorithm == "svi":
+            obstacle = 'steps of algorithm="svi" do not climb to a summit'
+        if obstacle is None or kinds <= {"reorder"}:
+            return kinds
+        if isinstance(self.moves, str):
+            return frozenset({"reorder"})
+        raise ValueError(f'moves={self.moves!r} cannot be made: {obstacle}. Use moves="auto".')
 
     def _layout(self, n_features: int) -> Literal["rows", "columns"]:
         shape = COMPONENTS[self.covariance_type]
@@ -748,6 +842,8 @@ class VariationalGMM(
             shape.factor(inverse_scale),
         )
         law = WEIGHTS[self.weight_concentration_prior_type]
+        if law is StickBreaking and "reorder" not in self._kinds_of_moves():
+            law = OrderedSticks
         weights = law.prior(self.n_components, hyper.weight_concentration, device)
         return Posterior(weights, components)
 
@@ -804,6 +900,8 @@ class VariationalGMM(
         self.weights_ = weights / weights.sum()
         parameters = tuple(vars(self._model.posterior.weights).values())
         self.weight_concentration_ = parameters[0] if len(parameters) == 1 else parameters
+        counts = posterior.weights.counts(prior.weights)
+        self.n_active_components_ = int((counts > EMPTY).sum())
         self.elbo_ = solution.bound
         self.kl_ = kl
         self.elbo_history_ = solution.history

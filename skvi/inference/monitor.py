@@ -45,11 +45,30 @@ class Monitor:
             self._say(bound, last=True)
             return Status.NON_FINITE
         self.history.append(bound)
-        # A change within the rounding of the sum is no change, whatever the tolerance.
-        threshold = max(self.tol * self.scale, 1e-15 * abs(bound))
-        converged = bound - previous < threshold
+        converged = bound - previous < self.threshold(bound)
         self._say(bound, last=last or converged)
         return Status.CONVERGED if converged else None
+
+    @property
+    def n_iter(self) -> int:
+        """Number of passes recorded."""
+        return len(self.history)
+
+    def threshold(self, bound: float) -> float:
+        """Total nats below which a change of `bound` is none.
+
+        A change within the rounding of the sum is no change, whatever the tolerance.
+        """
+        return max(self.tol * self.scale, 1e-15 * abs(bound))
+
+    def accept(self, bound: float) -> None:
+        """Record the bound (total nats) of a pass that ends no climb."""
+        self.history.append(bound)
+        self._say(bound, last=False)
+
+    def hold(self) -> None:
+        """Record a pass that left the bound where it was."""
+        self.accept(self.history[-1])
 
     def _say(self, bound: float, *, last: bool) -> None:
         n_iter = len(self.history)

@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from skvi.inference.loop import climb
 from skvi.inference.monitor import Monitor, Status
+from skvi.inference.search import search
 
 
 def _halve(x):
@@ -56,3 +58,59 @@ def test_only_the_monitor_speaks(capsys):
     ]
     climb(_halve, -1.0, max_iter=25, monitor=Monitor(0.0, verbose=2))
     assert len(capsys.readouterr().out.splitlines()) == 25
+
+
+class TestSearch:
+    """Summits at whole numbers: a pass climbs half of the way that is left."""
+
+    @staticmethod
+    def _step(x):
+        x = x + 0.5 * (np.ceil(x) - x)
+        return x, float(x)
+
+    def _search(self, propose, start=0.2, *, max_iter=200, tol=1e-6):
+        monitor = Monitor(tol)
+        n_calls = 0
+
+        def step(x):
+            nonlocal n_calls
+            n_calls += 1
+            return self._step(x)
+
+        def ascend(x):
+            return climb(step, x, max_iter=max_iter - monitor.n_iter, monitor=monitor)
+
+        found = search(ascend(start), propose, step, ascend, max_iter=max_iter, monitor=monitor)
+        n_rounds = found.n_iter - n_calls
+        return found, n_rounds
+
+    def test_climbs_from_summit_to_summit_until_a_round_fails(self):
+        found, n_rounds = self._search(lambda x: [x + 0.3] if x < 3.9 else [x - 0.5])
+        assert found.bound == pytest.approx(4.0, abs=1e-4)
+        assert found.status is Status.CONVERGED
+        assert np.diff(found.history).min() >= 0.0
+        assert n_rounds >= 4
+
+    def test_worse_proposals_change_nothing_but_the_count_of_passes(self):
+        plain, _ = self._search(lambda x: [])
+        found, n_rounds = self._search(lambda x: [x - 3.0, math.nan, x - 0.5])
+        assert n_rounds == 1
+        assert found.state == plain.state
+        assert found.bound == plain.bound
+        assert found.n_iter > plain.n_iter
+        assert set(found.history[plain.n_iter :]) == {plain.bound}
+
+    def test_a_later_proposal_is_tried_when_the_first_fails(self):
+        found, _ = self._search(lambda x: [x - 3.0, x + 0.3] if x < 1.5 else [])
+        assert found.bound == pytest.approx(2.0, abs=1e-4)
+
+    def test_max_iter_limits_all_passes(self):
+        for max_iter in range(1, 60):
+            found, _ = self._search(lambda x: [x - 0.5, x + 0.3], max_iter=max_iter)
+            assert found.n_iter <= max_iter
+            assert found.bound == max(found.history)
+
+    def test_no_search_from_an_unfinished_climb(self):
+        found, _ = self._search(lambda x: [x + 5.0], max_iter=3)
+        assert found.status is Status.MAX_ITER
+        assert found.bound < 1.0

@@ -154,6 +154,12 @@ class AlternatingAscent:
         self.looked_at_everything = full
         return State(posterior, moments), local - float(posterior.kl(self._prior))
 
+    def restart(self, max_iter: int) -> None:
+        """Begin with a full pass from another state; the step of number `max_iter` is full too."""
+        self._n_steps = 0
+        self._max_iter = max_iter
+        self.look_at_everything()
+
     def look_at_everything(self) -> None:
         """Make the next step a full pass."""
         self._n_restricted = _PERIOD

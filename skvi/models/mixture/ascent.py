@@ -41,6 +41,9 @@ class Ascent(Protocol):
     def __call__(self, state: State) -> tuple[State, float]:
         """Return the next state and its bound in nats."""
 
+    def restart(self, max_iter: int) -> None:
+        """Begin anew from another state; the step of number `max_iter` looks at everything."""
+
     def look_at_everything(self) -> None:
         """Make the next step look at everything."""
 
@@ -63,6 +66,9 @@ class CoordinateAscent:
     def __call__(self, state: State) -> tuple[State, float]:
         """Return the next state and its bound in nats."""
         return self._step(state)
+
+    def restart(self, max_iter: int) -> None:
+        """Nothing is remembered."""
 
     def look_at_everything(self) -> None:
         """Every step does."""

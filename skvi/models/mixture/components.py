@@ -217,6 +217,10 @@ class Components(ABC):
         """Return the statistics about `reference` of rows that were given relative to it."""
 
     @abstractmethod
+    def log_normaliser(self) -> Tensor:
+        """Log of what normalises ``q(Lambda_k)``, shape (K,) or (1,)."""
+
+    @abstractmethod
     def kl_precision(self, prior: Self) -> Tensor:
         """``sum_k KL(q(Lambda_k) || p(Lambda_k))``; a shared precision counts once."""
 
@@ -368,6 +372,24 @@ class Components(ABC):
         spread = self.precision_dof * self.scaled_trace(about_mean)
         return moments.counts @ self.log_prob_constant - 0.5 * spread.sum()
 
+    def log_evidence(self, posterior: Self) -> Tensor:
+        r"""Log density of the rows that led from this prior to `posterior`, in nats.
+
+        .. math::
+            \log Z(q(\Lambda_k)) - \log Z(p(\Lambda_k))
+            + \tfrac D2 \log(\kappa_0 / \kappa_k) - \tfrac{N_k D}2 \log 2\pi
+
+        which equals the components' part of the bound at the best posterior.
+
+        Returns
+        -------
+        Tensor of shape (K,), or (1,) for Tied: one number for all.
+        """
+        counts = posterior.kappa - self.kappa
+        mean = 0.5 * self.n_features * ((self.kappa / posterior.kappa).log() - counts * LOG_2PI)
+        precision = posterior.log_normaliser() - self.log_normaliser()
+        return precision + (mean if len(precision) == len(mean) else mean.sum(0, keepdim=True))
+
     def covariances(self) -> Tensor:
         """``E[Lambda_k]^-1`` in the shape of `root`."""
         return self.inverse_scale() / self.precision_dof.reshape(-1, *[1] * (self.root.ndim - 1))
@@ -407,6 +429,9 @@ class Wishart(Components):
 
     def scaled_trace(self, second: Tensor) -> Tensor:
         return (self.whitener * torch.matmul(second, self.whitener)).sum((-2, -1))
+
+    def log_normaliser(self) -> Tensor:
+        return wishart.log_normaliser(self.dof, self.root)
 
     def kl_precision(self, prior: Self) -> Tensor:
         return wishart.kl(self.dof, self.root, prior.dof, prior.root).sum()
@@ -541,6 +566,10 @@ class Gamma(Components):
     @abstractmethod
     def gamma(self) -> tuple[Tensor, Tensor]:
         """Shape and rate of the precisions, each in the shape of `root`."""
+
+    def log_normaliser(self) -> Tensor:
+        each = gamma.log_normaliser(*self.gamma())
+        return each.reshape(len(each), -1).sum(-1)
 
     def kl_precision(self, prior: Self) -> Tensor:
         return gamma.kl(*self.gamma(), *prior.gamma()).sum()

@@ -82,6 +82,12 @@ class MemoizedAscent:
             pass
         return State(posterior, total.moments), total.bound(posterior, self._prior)
 
+    def restart(self, max_iter: int) -> None:
+        """Begin anew from another state; the step of number `max_iter` is a full pass."""
+        self._n_steps = 0
+        self._max_iter = max_iter
+        self._full_next = True
+
     def look_at_everything(self) -> None:
         """Make the next step a full pass."""
         self._full_next = True

@@ -33,7 +33,7 @@ def start(
     n_components: int,
     rng: np.random.Generator,
 ) -> Moments:
-    """Return the statistics that the first posterior is computed from.
+    """Return the statistics that the first posterior is computed from, largest component first.
 
     Parameters
     ----------
@@ -50,7 +50,8 @@ def start(
         resp = _random_responsibilities(n_components, rows, rng)
     else:
         choose = _random_rows if kind == "random_from_data" else _kmeans_plusplus
-        centres = torch.from_numpy(choose(n_components, *_seed_rows(rows, rng), rng))
+        seeds = sample_rows(rows, rng, _MAX_SEED_ROWS)
+        centres = torch.from_numpy(choose(n_components, *seeds, rng))
         centres = centres.to(rows.device)
         if kind == "kmeans":
             centres = _lloyd(centres, rows)
@@ -77,13 +78,16 @@ def start(
         sums = add_to(sums, shape.sums(x, shape.monomials(x), r))
     if sums is None:
         assert incomplete is not None  # rows are never empty
-        return incomplete
-    moments = shape.unpack(reference, sums)
-    return moments if incomplete is None else missing.added(moments, incomplete)
+        moments = incomplete
+    else:
+        moments = shape.unpack(reference, sums)
+        moments = moments if incomplete is None else missing.added(moments, incomplete)
+    # Stick-breaking weights prefer the largest components first.
+    return moments.reordered(moments.counts.argsort(descending=True, stable=True))
 
 
-def _seed_rows(rows: Rows, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows (M, D) in canonical order and their weights (M,), M at most _MAX_SEED_ROWS.
+def sample_rows(rows: Rows, rng: np.random.Generator, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows (M, D) in canonical order and their weights (M,), M at most `most`.
 
     Beyond that many, a systematic sample: equally spaced points of the cumulative weight, each
     standing for the same share of it.
@@ -98,10 +102,10 @@ def _seed_rows(rows: Rows, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     cumulative = weight[order].cumsum()
     total = cumulative[-1]
     # Repeated rows count as often as their weight says, so this branches alike for both.
-    if max(total, rows.n_rows) > _MAX_SEED_ROWS:
-        points = (np.arange(_MAX_SEED_ROWS) + offset) * (total / _MAX_SEED_ROWS)
+    if max(total, rows.n_rows) > most:
+        points = (np.arange(most) + offset) * (total / most)
         order = order[_invert(cumulative, points)]
-        seed_weight = np.full(_MAX_SEED_ROWS, total / _MAX_SEED_ROWS)
+        seed_weight = np.full(most, total / most)
     else:
         seed_weight = weight[order]
     return filled(rows[order][0]).cpu().numpy(), seed_weight

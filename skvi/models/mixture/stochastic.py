@@ -70,6 +70,12 @@ class StochasticAscent:
             return State(posterior, moments), local - float(posterior.kl(self._prior))
         return self._epoch(state)
 
+    def restart(self, max_iter: int) -> None:
+        """Begin anew from another state; the step of number `max_iter` is a full pass."""
+        self._n_steps = 0
+        self._max_iter = max_iter
+        self._full_next = False
+
     def look_at_everything(self) -> None:
         """Make the next step a full pass."""
         self._full_next = True

@@ -29,6 +29,15 @@ class Weights(Protocol):
     def kl(self, prior: Self) -> Tensor:
         """``KL(self || prior)``, a scalar."""
 
+    def log_evidence(self, counts: Tensor) -> Tensor:
+        """Return ``E[log p(z, pi)] - E[log q(pi)]`` at the best q(pi); (..., K) -> (...), nats.
+
+        What labels with these expected counts are worth under this prior.
+        """
+
+    def counts(self, prior: Self) -> Tensor:
+        """Return the counts that led from `prior` to this posterior, shape (K,)."""
+
     def best_order(self, counts: Tensor) -> Tensor | None:
         """Return the order of components that raises the bound under this prior, if any does."""
 
@@ -65,6 +74,12 @@ class Dirichlet:
     def kl(self, prior: Self) -> Tensor:
         return dirichlet.kl(self.concentration, prior.concentration)
 
+    def log_evidence(self, counts: Tensor) -> Tensor:
+        return _log_evidence(self, counts)
+
+    def counts(self, prior: Self) -> Tensor:
+        return self.concentration - prior.concentration
+
     def best_order(self, counts: Tensor) -> None:
         """Return None: the symmetric prior does not see the order."""
 
@@ -93,11 +108,17 @@ class StickBreaking:
         ones = torch.ones(n_components, dtype=torch.float64, device=device)
         return cls(ones, concentration * ones)
 
-    def update(self, counts: Tensor) -> Self:
-        # Summed from the end, so that an empty tail is exactly zero.
-        from_end = counts[1:].flip(0).cumsum(0).flip(0)
-        later = torch.cat([from_end, torch.zeros_like(counts[:1])])
-        return type(self)(self.a + counts, self.b + later)
+    def update(self, counts: Tensor) -> "StickBreaking":
+        return StickBreaking(self.a + counts, self.b + self._later(counts))
+
+    @staticmethod
+    def _later(counts: Tensor) -> Tensor:
+        """``sum_{j>k} N_j``, (..., K), summed from the end: an empty tail is exactly zero."""
+        from_end = counts[..., 1:].flip(-1).cumsum(-1).flip(-1)
+        return torch.cat([from_end, torch.zeros_like(counts[..., :1])], dim=-1)
+
+    def log_evidence(self, counts: Tensor) -> Tensor:
+        return _log_evidence(self, counts)
 
     def E_log(self) -> Tensor:
         return stick_breaking.expected_log(self.a, self.b)
@@ -108,6 +129,9 @@ class StickBreaking:
     def kl(self, prior: Self) -> Tensor:
         return stick_breaking.kl(self.a, self.b, prior.a, prior.b)
 
+    def counts(self, prior: Self) -> Tensor:
+        return self.a - prior.a
+
     def best_order(self, counts: Tensor) -> Tensor | None:
         """Return the order of decreasing counts if it raises the bound, else None.
 
@@ -117,15 +141,24 @@ class StickBreaking:
         if bool((counts[1:] <= counts[:-1]).all()):
             return None
         order = counts.argsort(descending=True, stable=True)
-        gain = self._evidence(counts[order]) - self._evidence(counts)
+        gain = self.log_evidence(counts[order]) - self.log_evidence(counts)
         return order if bool(gain > 0.0) else None
-
-    def _evidence(self, counts: Tensor) -> Tensor:
-        posterior = self.update(counts)
-        return counts @ posterior.E_log() - posterior.kl(self)
 
     def map(self, function: Callable[[Any], Any]) -> Self:
         return type(self)(function(self.a), function(self.b))
+
+
+class OrderedSticks(StickBreaking):
+    """A prior of sticks whose components keep their order, whatever the bound would gain."""
+
+    def best_order(self, counts: Tensor) -> None:
+        """Return None."""
+
+
+def _log_evidence(prior: Any, counts: Tensor) -> Tensor:
+    # Not as a ratio of Beta functions, which a concentration of 1e16 rounds away.
+    posterior = prior.update(counts)
+    return (counts * posterior.E_log()).sum(-1) - posterior.kl(prior)
 
 
 WEIGHTS: dict[str, type[Dirichlet] | type[StickBreaking]] = {

@@ -1,0 +1,548 @@
+r"""Moves: other responsibilities from which coordinate ascent may reach a higher bound.
+
+With labels q(z) given, the best bound is
+
+.. math::
+    \sum_k \log Z_k + \log Z_\pi(N_1, \ldots, N_K) + H[q(z)],
+
+the evidence of the rows of each component, that of the counts, and the entropy of the labels. A
+merge adds responsibilities, so its first two terms follow from statistics and the third from one
+pass; a split divides those of one component, so all that changes is the bound of a small mixture
+of that component's rows. What these predict is what the next pass will find, or less: a
+prediction that is exact costs one pass to carry out. Proposals are predicted on a sample where
+the rows are many; the caller keeps what a pass over all rows finds better.
+
+References: Ueda & Ghahramani (2002), Bayesian model search for mixture models based on optimizing
+variational bounds; Hughes & Sudderth (2013), Memoized online variational inference for Dirichlet
+process mixture models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skvi.models.mixture.bound import (
+    Posterior,
+    State,
+    coordinate_ascent,
+    floats_per_row,
+    log_rho,
+)
+from skvi.models.mixture.components import Components, Moments, Tied
+from skvi.models.mixture.start import sample_rows, start
+from skvi.runtime.blocks import Affine, Rows
+from skvi.runtime.linalg import inv_chol
+
+MOVES = ("merge", "delete", "birth", "reorder")
+
+# Proposals look at no more rows than fit into this many bytes.
+_SAMPLE_BYTES = 1 << 25
+_SMALLEST_SAMPLE = 1000
+# A component with less weight than this, in rows, is an empty slot.
+EMPTY = 0.5
+# Responsibilities below this do not take part in the split of a component.
+_SMALL = 1e-3
+# Partners of a component that its merges are looked for among.
+_N_NEIGHBOURS = 10
+# Passes over the rows of one component that a split may take, and the rise in nats per row, from
+# one to the next, that is worth another.
+_SPLIT_PASSES = 15
+_SPLIT_TOL = 1e-3
+_CUT_PASSES = 10
+# What is predicted of a deletion leaves out that the neighbours adapt to the rows they get: the
+# best one is tried though it looks worse by this many nats.
+_DELETION_SLACK = 20.0
+# Single moves that are tried after the joint one failed.
+_N_SINGLE = 3
+
+
+class Move(NamedTuple):
+    """Components that go, and what takes their rows.
+
+    Attributes
+    ----------
+    gain : float
+        Of the bound in nats, the part of the weights left out.
+    old : tuple of int
+        Components that go.
+    new : Moments
+        About their own means; none after a deletion. For Tied the second moment is what is added
+        to the scatter that all share.
+    """
+
+    gain: float
+    old: tuple[int, ...]
+    new: Moments
+
+
+class Survey(NamedTuple):
+    """What one pass over the sample says about every component.
+
+    Attributes
+    ----------
+    x : Tensor of shape (M, D)
+    weight : Tensor of shape (M,)
+    members : list of (Tensor, Tensor)
+        Per component the indices of its rows, and their responsibilities.
+    mixing : Tensor of shape (P,)
+        Entropy that would be lost if the two components of a pair were one, in nats.
+    removal : Tensor of shape (K,)
+        Loss of the local bound, in nats, if a component were not there.
+    """
+
+    x: Tensor
+    weight: Tensor
+    members: list[tuple[Tensor, Tensor]]
+    mixing: Tensor
+    removal: Tensor
+
+
+class Proposals:
+    """Find states that may lead to a higher bound.
+
+    Call it with a state to get proposals, best first. Components whose split was found not to
+    pay are remembered.
+
+    Parameters
+    ----------
+    prior : Posterior
+    rows : Rows
+    kinds : collection of str
+        Some of `MOVES`.
+    rng : numpy.random.Generator
+    """
+
+    def __init__(
+        self, prior: Posterior, rows: Rows, kinds: Collection[str], rng: np.random.Generator
+    ) -> None:
+        self._device = rows.device
+        self._prior = prior.map(lambda array: array.cpu())
+        self._kinds = frozenset(kinds)
+        self._rng = rng
+        most = max(_SMALLEST_SAMPLE, _SAMPLE_BYTES // (8 * rows.n_features))
+        x, weight = sample_rows(rows, rng, most)
+        self._x, self._weight = torch.from_numpy(x), torch.from_numpy(weight)
+        self._indivisible: list[tuple[float, Tensor]] = []  # counts and means
+
+    def __call__(self, state: State) -> Iterator[State]:
+        """Yield states to try, best first."""
+        posterior = state.posterior.map(lambda array: array.cpu())
+        moments = centred(state.moments.map(lambda array: array.cpu()), type(posterior.components))
+        full = (moments.counts >= EMPTY).nonzero()[:, 0]
+        if not full.numel():
+            return
+        pairs = self._candidate_pairs(posterior.components, moments, full)
+        survey = self._look(posterior, pairs)
+        merges = self._merges(moments, pairs, survey)
+        deletions = self._deletions(posterior, moments, full, survey)
+        n_free = len(moments.counts) - full.numel()
+        splits = self._splits(posterior, moments, full, survey, n_free)
+        for chosen in self._choose(moments, merges, deletions, splits):
+            proposal = combine(moments, chosen, type(posterior.components))
+            yield State(state.posterior, proposal.map(lambda array: array.to(self._device)))
+
+    # -- what is to be tried -------------------------------------------------------------------
+
+    def _choose(
+        self,
+        moments: Moments,
+        merges: list[Move],
+        deletions: list[Move],
+        splits: list[Move],
+    ) -> Iterator[list[Move]]:
+        """Yield sets of moves whose predicted gain is positive: all together, then one by one."""
+        ranked = sorted(merges + deletions + splits, key=lambda move: -move.gain)
+        single = [[move] for move in ranked if self.gain(moments, [move]) > 0.0]
+        joint = self._disjoint(moments, [move for (move,) in single])
+        if joint and self.gain(moments, joint) > 0.0:
+            yield joint
+        fitting = [chosen for chosen in single if self._fits(moments, chosen)]
+        if len(joint) > 1:
+            yield from fitting[:_N_SINGLE]
+        # A split that pays more than it costs to make room for it.
+        exchanges = [
+            (self.gain(moments, [away, split]), [away, split])
+            for split in splits
+            for away in merges + deletions
+            if not set(away.old) & set(split.old) and self._fits(moments, [away, split])
+        ]
+        exchanges = [pair for pair in exchanges if pair[0] > 0.0 and len(pair[1][1].new.counts) > 1]
+        exchanges.sort(key=lambda pair: -pair[0])
+        together = self._disjoint(moments, [m for _, pair in exchanges for m in pair], pairs=True)
+        if len(together) > 2:
+            yield together
+        yield from (pair for _, pair in exchanges[:_N_SINGLE])
+        if deletions and -_DELETION_SLACK < deletions[0].gain <= 0.0:
+            yield deletions[:1]
+
+    def _disjoint(self, moments: Moments, ranked: list[Move], *, pairs: bool = False) -> list[Move]:
+        """Take moves in turn, one by one or two by two, that touch nothing taken before."""
+        chosen: list[Move] = []
+        step = 2 if pairs else 1
+        for i in range(0, len(ranked), step):
+            some = ranked[i : i + step]
+            taken = {k for move in chosen for k in move.old}
+            if any(taken & set(move.old) for move in some):
+                continue
+            if self._fits(moments, chosen + some):
+                chosen += some
+        return chosen
+
+    def _fits(self, moments: Moments, moves: Sequence[Move]) -> bool:
+        occupied = int((moments.counts >= EMPTY).sum())
+        change = sum(len(move.new.counts) - len(move.old) for move in moves)
+        return occupied + change <= len(moments.counts)
+
+    def gain(self, moments: Moments, moves: Sequence[Move]) -> float:
+        """Predicted gain of moves together, in nats."""
+        # A deletion's rows stay in the counts: its gain includes what their new labels cost.
+        moving = [move for move in moves if len(move.new.counts)]
+        total = sum(move.gain for move in moves)
+        counts = moments.counts.clone()
+        counts[[k for move in moving for k in move.old]] = 0.0
+        new = torch.cat([counts, *(move.new.counts for move in moving)])
+        new = new.sort(descending=True).values[: len(counts)]
+        weights = self._prior.weights
+        before = weights.log_evidence(moments.counts.sort(descending=True).values)
+        return total + float(weights.log_evidence(new) - before)
+
+    # -- one pass over the sample ----------------------------------------------------------------
+
+    def _candidate_pairs(self, components: Components, moments: Moments, full: Tensor) -> Tensor:
+        """Pairs (P, 2) of components that lie near each other."""
+        if "merge" not in self._kinds or full.numel() < 2:
+            return full.new_empty(0, 2)
+        some = components.take(full)
+        mean = moments.reference[full]  # (L, D)
+        affinity = some.E_log_prob(some.centred_distance(mean - some.mean[:, None, :]))  # (L, L)
+        affinity = torch.maximum(affinity, affinity.T).fill_diagonal_(-torch.inf)
+        near = affinity.topk(min(_N_NEIGHBOURS, len(full) - 1)).indices  # (L, n)
+        first = torch.arange(len(full))[:, None].expand_as(near)
+        pairs = torch.stack([first.reshape(-1), near.reshape(-1)], 1).sort(1).values.unique(dim=0)
+        return full[pairs]
+
+    def _look(self, posterior: Posterior, pairs: Tensor) -> Survey:
+        K = len(posterior.components.mean)
+        i, j = pairs.T
+        rows = self._rows(self._x, self._weight)
+        mixing = torch.zeros(len(pairs), dtype=torch.float64)
+        removal = torch.zeros(K, dtype=torch.float64)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for where, x, weight in rows.blocks(floats_per_row(posterior.components) + 3 * len(pairs)):
+            rho = log_rho(posterior, x)  # (K, B)
+            total = rho.logsumexp(0)
+            resp = (rho - total).exp()
+            each = torch.xlogy(resp, resp) @ weight  # (K,)
+            merged = resp[i] + resp[j]  # (P, B)
+            mixing += torch.xlogy(merged, merged) @ weight - each[i] - each[j]
+            # log(1 - r); for the largest r of a row from what is left, which keeps its digits
+            loss = torch.log1p(-resp.clamp_max(0.5))
+            top = rho.argmax(0, keepdim=True)
+            rest = rho.scatter(0, top, -torch.inf).logsumexp(0)
+            loss.scatter_(0, top, (rest - total)[None])
+            removal += loss @ weight
+            k, n = (resp > _SMALL).nonzero().T
+            found.append((k, n + where.start, resp[k, n]))
+        k, n, r = (torch.cat(parts) for parts in zip(*found, strict=True))
+        order = k.argsort(stable=True)
+        sizes = torch.bincount(k, minlength=K).tolist()
+        members = list(zip(n[order].split(sizes), r[order].split(sizes), strict=True))
+        return Survey(self._x, self._weight, members, mixing, removal)
+
+    @staticmethod
+    def _rows(x: Tensor, weight: Tensor) -> Rows:
+        D = x.shape[-1]
+        identity = Affine(np.zeros(D), np.ones(D))
+        return Rows(x.numpy(), identity, torch.device("cpu"), weight.numpy())
+
+    # -- moves -----------------------------------------------------------------------------------
+
+    def _merges(self, moments: Moments, pairs: Tensor, survey: Survey) -> list[Move]:
+        if not len(pairs):
+            return []
+        i, j = pairs.T
+        evidence, merged = merge_gains(self._prior.components, moments, i, j)
+        gain: list[float] = (evidence - survey.mixing).tolist()
+        best = sorted(range(len(pairs)), key=lambda p: -gain[p])[: len(moments.counts)]
+        return [Move(gain[p], tuple(pairs[p].tolist()), _part(merged, p)) for p in best]
+
+    def _deletions(
+        self, posterior: Posterior, moments: Moments, full: Tensor, survey: Survey
+    ) -> list[Move]:
+        if "delete" not in self._kinds or full.numel() < 2:
+            return []
+        prior, components = self._prior.components, posterior.components
+        nothing = moments.map(lambda array: array[:0])
+        moves = []
+        for k in full.tolist():
+            part = components.take(torch.tensor([k]))
+            price = part.kl(prior)
+            if isinstance(part, Tied) and isinstance(prior, Tied):
+                price = price - part.kl_precision(prior)
+                share = -moments.second * moments.counts[k] / moments.counts.sum()
+                nothing = nothing._replace(second=share)
+            moves.append(Move(float(survey.removal[k] + price), (k,), nothing))
+        return sorted(moves, key=lambda move: -move.gain)[:_N_NEIGHBOURS]
+
+    def _splits(
+        self, posterior: Posterior, moments: Moments, full: Tensor, survey: Survey, n_free: int
+    ) -> list[Move]:
+        if "birth" not in self._kinds or len(moments.counts) < 2:
+            return []
+        n_parts = max(2, 1 + n_free // full.numel())
+        moves = []
+        for k in full.tolist():
+            known = self._is_indivisible(posterior.components, moments, k)
+            move = None if known else self._split(moments, survey, k, n_parts)
+            if move is not None:
+                moves.append(move)
+            elif not known:
+                self._indivisible.append((float(moments.counts[k]), moments.reference[k]))
+        return moves
+
+    def _is_indivisible(self, components: Components, moments: Moments, k: int) -> bool:
+        """Whether a split of (nearly) the same rows has failed before."""
+        part = components.take(torch.tensor([k]))
+        count = float(moments.counts[k])
+        for before, mean in self._indivisible:
+            if abs(count - before) < 0.02 * count:
+                distance = part.centred_distance((mean - moments.reference[k])[None, None])
+                if float(part.precision_dof.max() * distance) < 0.01 * part.n_features:
+                    return True
+        return False
+
+    def _split(self, moments: Moments, survey: Survey, k: int, n_parts: int) -> Move | None:
+        """Fit a mixture to the rows of component k alone, if it pays to put it in its place."""
+        index, resp = survey.members[k]
+        if not len(index):
+            return None  # many rows, none of them with more than a trace
+        weight = survey.weight[index] * resp
+        rows = self._rows(survey.x[index], weight)
+        shape = type(self._prior.components)
+        one = start_of_one(rows, shape)
+        prior = Posterior(self._prior.weights.map(lambda a: a[:n_parts]), self._prior.components)
+        if isinstance(prior.components, Tied):
+            cavity = self._cavity(moments, one)
+            if cavity is None:
+                return None
+            prior = prior._replace(components=cavity)
+        alone = float(prior.components.log_evidence(prior.components.update(one)).sum())
+        for first in self._first_parts(rows, shape, n_parts, self._metric(moments, k)):
+            found = _small_mixture(prior, rows, first)
+            if found is None:
+                continue
+            bound, new = found
+            if shape is Tied:
+                new = new._replace(second=new.second - centred(one, shape).second)
+            move = Move(bound - alone, (k,), new)
+            if self.gain(moments, [move]) > 0.0:
+                return move
+        return None
+
+    def _metric(self, moments: Moments, k: int) -> Tensor:
+        """Mean covariance (D, D) of the components but one; the identity if there is no other."""
+        D = moments.reference.shape[-1]
+        counts, second = moments.counts.clone(), moments.second
+        if len(second) > 1:
+            counts[k] = 0.0
+            second = second[counts >= EMPTY]
+        total = counts[counts >= EMPTY].sum()
+        scatter = second.sum(0)  # about the means
+        if not float(total) > 0.0 or not bool((scatter > 0.0).any()):
+            return torch.eye(D, dtype=torch.float64)
+        if scatter.ndim == 0:
+            scatter = scatter / D
+        covariance = scatter / total
+        if covariance.ndim < 2:
+            covariance = covariance * torch.eye(D, dtype=torch.float64)
+        # Directions in which nothing varies stay harmless.
+        return covariance + 1e-6 * covariance.diagonal().mean() * torch.eye(D, dtype=torch.float64)
+
+    def _first_parts(
+        self, rows: Rows, shape: type[Components], n_parts: int, metric: Tensor
+    ) -> Iterator[Moments]:
+        """Statistics from which the mixture of one component's rows starts."""
+        yield start("k-means++", rows, shape, n_parts, self._rng)
+        x, weight = rows[slice(None)]
+        for labels in halves(x, weight, metric):
+            resp = torch.zeros(n_parts, len(x), dtype=torch.float64)
+            resp[labels.long(), torch.arange(len(x))] = weight
+            reference = torch.zeros(n_parts, rows.n_features, dtype=torch.float64)
+            yield shape.unpack(reference, shape.sums(x, shape.monomials(x), resp))
+
+    def _cavity(self, moments: Moments, one: Moments) -> Components | None:
+        """Tied: the prior of the shared precision that the rows of other components make."""
+        prior = self._prior.components
+        everything = prior.update(moments)
+        alone = prior.update(one)
+        scale = everything.inverse_scale() - alone.inverse_scale() + prior.inverse_scale()
+        root, info = torch.linalg.cholesky_ex(scale)
+        dof = everything.dof - one.counts.sum()
+        if bool(info.any()):
+            return None  # a sample may see a wider component than all rows do
+        return type(prior)(prior.mean, prior.kappa, dof, root)
+
+
+def _small_mixture(prior: Posterior, rows: Rows, first: Moments) -> tuple[float, Moments] | None:
+    """Climb for a few passes; the bound without its weights, and the statistics of the parts.
+
+    The weights of all components together are judged elsewhere.
+    """
+    shape = type(prior.components)
+    state = State(prior, first)
+    step = coordinate_ascent(prior, rows)
+    total, before = float(first.counts.sum()), -np.inf
+    for _ in range(_SPLIT_PASSES):
+        state, bound = step(state)
+        if not bound - before > _SPLIT_TOL * total:
+            break
+        before = bound
+    weights = state.posterior.weights
+    bound -= float(state.moments.counts @ weights.E_log() - weights.kl(prior.weights))
+    new = centred(state.moments, shape)
+    kept = new.counts >= EMPTY
+    if int(kept.sum()) < 2:
+        return None
+    second = new.second if shape is Tied else new.second[kept]
+    return bound, Moments(new.reference[kept], new.counts[kept], new.first[kept], second)
+
+
+def halves(x: Tensor, weight: Tensor, metric: Tensor) -> Iterator[Tensor]:
+    r"""Cut weighted rows (B, D) in two across directions in which they look like two; masks (B,).
+
+    First the direction of the largest variance relative to `metric`, (D, D): two clusters are
+    wide where one is narrow. Then those of extreme kurtosis, the extreme eigenvectors of
+    ``sum w |z|^2 z z'`` for whitened rows z: two clusters of like size have a low kurtosis along
+    the line between their centres, a small and a large one a high one (Tyler et al. 2009,
+    Invariant co-ordinate selection). Neither depends on units and correlations of the features.
+    """
+    total = weight.sum()
+    diff = x - (weight @ x) / total
+    covariance = (weight[:, None] * diff).T @ diff / total
+    spread, axes = torch.linalg.eigh(covariance)
+    # Directions without spread tell nothing.
+    used = spread > 1e-10 * spread[-1]
+    if not bool(used.any()):
+        return
+    unit = inv_chol(torch.linalg.cholesky(metric))
+    widest = torch.linalg.eigh(unit @ covariance @ unit.mT)[1][:, -1]
+    yield _cut(diff @ (unit.mT @ widest), weight)
+    z = diff @ (axes[:, used] / spread[used].sqrt())  # (B, <= D)
+    fourth = (weight * z.square().sum(-1))[:, None] * z
+    directions = torch.linalg.eigh(fourth.T @ z)[1]
+    yield _cut(z @ directions[:, 0], weight)
+    yield _cut(z @ directions[:, -1], weight)
+
+
+def _cut(along: Tensor, weight: Tensor) -> Tensor:
+    """Two means on a line: whether each row (B,) belongs to the higher one."""
+    total = weight.sum()
+    cut = torch.zeros((), dtype=torch.float64)
+    for _ in range(_CUT_PASSES):
+        high = along > cut
+        share = weight @ high.double()
+        if not 0.0 < float(share) < float(total):
+            break
+        mean_high = weight @ (along * high) / share
+        mean_low = weight @ (along * ~high) / (total - share)
+        cut = 0.5 * (mean_high + mean_low)
+    return along > cut
+
+
+def start_of_one(rows: Rows, shape: type[Components]) -> Moments:
+    """Statistics of all rows as one component."""
+    x, weight = rows[slice(None)]
+    sums = shape.sums(x, shape.monomials(x), weight[None])
+    return shape.unpack(torch.zeros(1, rows.n_features, dtype=torch.float64), sums)
+
+
+def centred(moments: Moments, shape: type[Components]) -> Moments:
+    """Return the same statistics about the mean of each component."""
+    offset, counts = moments.offset(), moments.counts
+    second = moments.second + shape.scatter(offset[:, None, :], -counts[:, None])
+    return Moments(moments.reference + offset, counts, torch.zeros_like(offset), second)
+
+
+def merge_gains(
+    prior: Components, moments: Moments, i: Tensor, j: Tensor
+) -> tuple[Tensor, Moments]:
+    """Gain of the evidence of components i, j (P,) as one, (P,), and its centred statistics.
+
+    For Tied the second moments are what each merge adds to the shared scatter, (P, D, D).
+    """
+    shape = type(prior)
+    reference, counts, second = moments.reference, moments.counts, moments.second
+    n_i, n_j = counts[i], counts[j]
+    n = n_i + n_j
+    mean = (n_i[:, None] * reference[i] + n_j[:, None] * reference[j]) / n[:, None]
+    apart = reference[i] - reference[j]  # (P, D)
+    between = (n_i * n_j / n)[:, None]
+    if isinstance(prior, Tied):
+        added = between[:, :, None] * apart[:, :, None] * apart[:, None, :]
+        merged = Moments(mean, n, torch.zeros_like(mean), added)
+        return _tied_gains(prior, moments, i, j), merged
+    added = shape.scatter(apart[:, None, :], between)
+    merged = Moments(mean, n, torch.zeros_like(mean), second[i] + second[j] + added)
+    each = prior.log_evidence(prior.update(moments))  # (K,)
+    together = prior.log_evidence(prior.update(merged))  # (P,)
+    return together - each[i] - each[j], merged
+
+
+def _tied_gains(prior: Tied, moments: Moments, i: Tensor, j: Tensor) -> Tensor:
+    r"""Gain of the evidence of merges under a shared precision, (P,).
+
+    A merge changes the inverse scale ``W^-1`` by ``A Q A'`` with two columns ``A``, the means of
+    the two relative to m0, so that its determinant changes by ``det(I + Q A' W A)``.
+    """
+    posterior = prior.update(moments)
+    n_i, n_j = moments.counts[i], moments.counts[j]
+    n = n_i + n_j
+    white = (moments.reference - prior.mean) @ posterior.whitener[0]  # (K, D)
+    gram = white @ white.T
+    G = torch.stack([gram[i, i], gram[i, j], gram[j, i], gram[j, j]], -1).reshape(-1, 2, 2)
+    between = n_i * n_j / n
+    share = torch.stack([n_i, n_j], -1) / n[:, None]  # (P, 2)
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    kappa0 = prior.kappa
+
+    def pull(counts: Tensor) -> Tensor:
+        return kappa0 * counts / (kappa0 + counts)
+
+    Q = between[:, None, None] * sign[:, None] * sign
+    Q = Q + pull(n)[:, None, None] * share[:, :, None] * share[:, None, :]
+    Q = Q - torch.diag_embed(torch.stack([pull(n_i), pull(n_j)], -1))
+    log_det = torch.linalg.slogdet(torch.eye(2, dtype=torch.float64) + Q @ G)[1]
+    kappa = ((kappa0 + n_i) * (kappa0 + n_j) / (kappa0 + n) / kappa0).log()
+    return 0.5 * (prior.n_features * kappa - posterior.dof * log_det)
+
+
+def _part(merged: Moments, p: int) -> Moments:
+    return merged.map(lambda array: array[p : p + 1])
+
+
+def combine(moments: Moments, moves: Sequence[Move], shape: type[Components]) -> Moments:
+    """Carry out disjoint moves on centred statistics; what is new follows what stays."""
+    K = len(moments.counts)
+    old = {k for move in moves for k in move.old}
+    stay = torch.tensor([k for k in range(K) if k not in old], dtype=torch.long)
+    new = [move.new for move in moves if len(move.new.counts)]
+
+    def joined(array: Tensor, more: list[Tensor]) -> Tensor:
+        array = torch.cat([array[stay], *more])
+        return torch.cat([array, array.new_zeros(max(0, K - len(array)), *array.shape[1:])])
+
+    counts = joined(moments.counts, [part.counts for part in new])
+    # What does not fit are empty slots.
+    order = counts.argsort(descending=True, stable=True)[:K].sort().values
+    if shape is Tied:
+        second = moments.second + sum(move.new.second.sum(0, keepdim=True) for move in moves)
+    else:
+        second = joined(moments.second, [part.second for part in new])[order]
+    reference = joined(moments.reference, [part.reference for part in new])[order]
+    first = joined(moments.first, [part.first for part in new])[order]
+    return Moments(reference, counts[order], first, second)

@@ -1,0 +1,290 @@
+"""What moves predict, against the term-by-term bound, and what they then find."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from skvi.inference import search
+from skvi.models.mixture import bound, moves
+from skvi.models.mixture.bound import Posterior, State
+from skvi.models.mixture.moves import Move, Proposals, centred, combine
+from skvi.models.mixture.weights import WEIGHTS
+
+from .test_mixture import (
+    _problem,
+    _reference_bound,
+    _t,
+    _update,
+    every_law,
+    every_shape,
+)
+
+_NONE = 1e-290  # a responsibility of nothing whose logarithm is finite
+
+
+def _statistics(p):
+    """Statistics of the problem's responsibilities."""
+    x, resp = _t(p.X), _t((p.weight[:, None] * p.resp).T)
+    reference = torch.zeros(p.K, p.D, dtype=torch.float64)
+    return p.cls.unpack(reference, p.cls.sums(x, p.cls.monomials(x), resp))
+
+
+def _largest_first(p):
+    p.resp = p.resp[:, np.argsort(-(p.weight @ p.resp), kind="stable")]
+    return p
+
+
+def _own_responsibilities(p):
+    """Give the problem responsibilities that belong to a posterior; return that state."""
+    posterior = _update(_largest_first(p))
+    p.resp = bound.responsibilities(posterior, _t(p.X)).T.numpy()
+    _largest_first(p)
+    return State(posterior, _statistics(p))
+
+
+@every_shape
+@every_law
+def test_evidences_and_the_entropy_of_labels_are_the_bound(shape, law):
+    p = _problem(shape, law, D=3, weighted=True)
+    statistics = _statistics(p)
+    posterior = _update(p)
+    entropy = -(p.weight @ (p.resp * np.log(p.resp)).sum(1))
+    total = (
+        float(p.prior.components.log_evidence(posterior.components).sum())
+        + float(p.prior.weights.log_evidence(statistics.counts))
+        + entropy
+    )
+    np.testing.assert_allclose(total, _reference_bound(p), rtol=1e-11)
+
+
+@every_law
+def test_evidence_of_counts_takes_batches(law):
+    prior = _problem("diag", law).prior.weights
+    counts = _t([[3.0, 2.0, 0.0], [1.0, 5.0, 0.5]])
+    each = [float(prior.log_evidence(row)) for row in counts]
+    np.testing.assert_allclose(prior.log_evidence(counts), each, rtol=1e-13)
+
+
+@every_shape
+def test_centring_changes_no_update(shape):
+    p = _problem(shape, "dirichlet_process", D=3, weighted=True)
+    statistics = _statistics(p)
+    before = p.prior.components.update(statistics)
+    after = p.prior.components.update(centred(statistics, p.cls))
+    np.testing.assert_allclose(after.mean, before.mean, rtol=1e-11)
+    np.testing.assert_allclose(after.root, before.root, rtol=1e-11, atol=1e-13)
+
+
+@every_shape
+@every_law
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_gain_of_a_merge_is_the_difference_of_two_bounds(shape, law, seed):
+    p = _problem(shape, law, D=3, N=20, K=4, seed=seed, weighted=True)
+    state = _own_responsibilities(p)
+    before = _reference_bound(p)
+    statistics = centred(state.moments, p.cls)
+    propose = Proposals(p.prior, p.rows, ("merge",), np.random.default_rng(0))
+    # The survey sees the posterior's own order of components, the statistics the sorted one.
+    pairs = torch.tensor(list(itertools.combinations(range(p.K), 2)))
+    resp = p.resp.copy()
+    for (i, j), k in zip(pairs.tolist(), range(len(pairs)), strict=True):
+        gain, merged = moves.merge_gains(
+            p.prior.components, statistics, pairs[k : k + 1, 0], pairs[k : k + 1, 1]
+        )
+        both = resp[:, i] + resp[:, j]
+        mixing = p.weight @ (
+            both * np.log(both) - resp[:, i] * np.log(resp[:, i]) - resp[:, j] * np.log(resp[:, j])
+        )
+        move = Move(float(gain[0]) - mixing, (i, j), merged)
+        p.resp = np.column_stack(
+            [both, np.full(p.N, _NONE), *(resp[:, m] for m in range(p.K) if m not in {i, j})]
+        )
+        after = _reference_bound(_largest_first(p))
+        np.testing.assert_allclose(
+            propose.gain(statistics, [move]), after - before, rtol=1e-8, atol=1e-9
+        )
+        # The statistics of the proposal are those of the added responsibilities.
+        proposal = combine(statistics, [move], p.cls)
+        proposal = proposal.reordered(proposal.counts.argsort(descending=True))
+        expected, found = _update(p), p.prior.components.update(proposal)
+        np.testing.assert_allclose(found.mean[:3], expected.components.mean[:3], rtol=1e-9)
+        np.testing.assert_allclose(
+            found.inverse_scale()[:3], expected.components.inverse_scale()[:3], rtol=1e-8, atol=1e-9
+        )
+        p.resp = resp
+
+
+@every_shape
+def test_survey_sums_over_rows(shape):
+    """Lost entropy and loss of removal, by loops over rows."""
+    p = _problem(shape, "dirichlet_process", D=2, N=15, K=3, weighted=True)
+    posterior = _update(p)
+    propose = Proposals(p.prior, p.rows, moves.MOVES, np.random.default_rng(0))
+    survey = propose._look(posterior, torch.tensor([[0, 2], [1, 2]]))
+    rho = bound.log_rho(posterior, _t(p.X)).T.numpy()
+    resp = np.exp(rho - np.logaddexp.reduce(rho, axis=1)[:, None])
+    for pair, mixing in zip([(0, 2), (1, 2)], survey.mixing, strict=True):
+        r = resp[:, pair]
+        both = r.sum(1)
+        share = r / both[:, None]
+        expected = p.weight @ (both * -(share * np.log(share)).sum(1))
+        np.testing.assert_allclose(float(mixing), expected, rtol=1e-10)
+    for k in range(3):
+        rest = np.logaddexp.reduce(np.delete(rho, k, axis=1), axis=1)
+        expected = p.weight @ (rest - np.logaddexp.reduce(rho, axis=1))
+        np.testing.assert_allclose(float(survey.removal[k]), expected, rtol=1e-9)
+    total = sum(float((survey.weight[n] * r).sum()) for n, r in survey.members)
+    np.testing.assert_allclose(total, p.weight.sum(), rtol=1e-2)
+
+
+def _clusters(shape, law, labels, *, K):
+    """Four clusters in the plane under given first labels, after two passes."""
+    rng = np.random.default_rng(3)
+    truth = np.repeat(np.arange(4), 60)
+    centres = np.array([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0], [9.0, 9.0]])
+    X = centres[truth] + rng.normal(size=(240, 2))
+    p = _problem(shape, law, K=K, N=240)
+    p.X, p.N, p.weight = X, 240, np.ones(240)
+    # The estimator's default prior.
+    covariance = {"diag": X.var(0), "spherical": X.var(0).mean()}.get(shape, np.cov(X.T))
+    factor = p.cls.factor(p.cls.prior_inverse_scale(_t(covariance), 2))
+    p.prior = Posterior(
+        WEIGHTS[law].prior(K, 1.0 / K, torch.device("cpu")),
+        p.cls(_t(X.mean(0))[None], _t([1.0]), _t([2.0]), factor),
+    )
+    p.rows = moves.Rows(X, p.rows._affine, torch.device("cpu"))
+    p.resp = np.eye(K)[labels(truth, X)]
+    state = State(p.prior, _statistics(p))
+    step = bound.coordinate_ascent(p.prior, p.rows)
+    for _ in range(2):
+        state, value = step(state)
+    return p, state, value, step
+
+
+def _halved(truth, X):
+    """The first cluster in two halves."""
+    return np.where((truth == 0) & (X[:, 1] > 0.0), 4, truth)
+
+
+def _joined(truth, X):
+    """The first two clusters in one component."""
+    return np.where(truth == 1, 0, truth)
+
+
+def _joined_and_halved(truth, X):
+    return np.where((truth == 3) & (X[:, 1] > 9.0), 1, _joined(truth, X))
+
+
+@every_shape
+@every_law
+@pytest.mark.parametrize(
+    ("labels", "K", "kinds"),
+    [
+        (_halved, 6, ("merge",)),
+        (_joined, 6, ("birth",)),
+        (_joined_and_halved, 4, ("merge", "birth")),
+    ],
+)
+def test_the_next_pass_finds_what_was_predicted_or_more(shape, law, labels, K, kinds, monkeypatch):
+    p, state, before, step = _clusters(shape, law, labels, K=K)
+    propose = Proposals(p.prior, p.rows, (*kinds, "reorder"), np.random.default_rng(0))
+    carried_out = []
+
+    def noted(statistics, chosen, *args, **kwargs):
+        carried_out.append(propose.gain(statistics, chosen))
+        return combine(statistics, chosen, *args, **kwargs)
+
+    monkeypatch.setattr(moves, "combine", noted)
+    _, after = step(next(propose(state)))
+    (predicted,) = carried_out
+    assert predicted > 10.0
+    # Responsibilities below a thousandth take no part in a split.
+    assert after - before >= predicted - 0.1
+
+
+@every_shape
+def test_a_deletion_finds_what_was_predicted_or_more(shape):
+    def crumbs(truth, X):
+        labels = truth.copy()
+        labels[:3] = 4
+        return labels
+
+    p, _, _, step = _clusters(shape, "dirichlet_process", crumbs, K=6)
+    p.resp = np.eye(6)[crumbs(np.repeat(np.arange(4), 60), p.X)]
+    state, before = step(State(p.prior, _statistics(p)))
+    state, before = step(state)
+    propose = Proposals(p.prior, p.rows, ("delete",), np.random.default_rng(0))
+    statistics = centred(state.moments, p.cls)
+    full = (statistics.counts >= moves.EMPTY).nonzero()[:, 0]
+    pairs = torch.empty(0, 2, dtype=torch.long)
+    survey = propose._look(state.posterior, pairs)
+    move = propose._deletions(state.posterior, statistics, full, survey)[0]
+    found = State(state.posterior, combine(statistics, [move], p.cls))
+    for _ in range(3):  # the first update of the weights lacks the rows that went
+        found, after = step(found)
+    assert after - before >= move.gain - 0.1
+
+
+def test_the_check_of_predictions_can_fail():
+    """Leaving out the entropy of the labels is seen."""
+    p = _problem("full", "dirichlet_process", D=3, N=20, K=4, weighted=True)
+    state = _own_responsibilities(p)
+    statistics = centred(state.moments, p.cls)
+    i, j = torch.tensor([0]), torch.tensor([1])
+    gain, merged = moves.merge_gains(p.prior.components, statistics, i, j)
+    propose = Proposals(p.prior, p.rows, ("merge",), np.random.default_rng(0))
+    before = _reference_bound(p)
+    careless = propose.gain(statistics, [Move(float(gain[0]), (0, 1), merged)])
+    both = p.resp[:, 0] + p.resp[:, 1]
+    p.resp = np.column_stack([both, p.resp[:, 2:], np.full(p.N, _NONE)])
+    assert careless > _reference_bound(_largest_first(p)) - before + 0.5
+
+
+@pytest.mark.parametrize("sizes", [(100, 100), (190, 10)])
+def test_halves_are_the_clusters_in_any_units(sizes):
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], sizes)
+    X = rng.normal(size=(200, 5))
+    X[:, 0] += 9.0 * labels
+    mixing = rng.normal(size=(5, 5))
+    X = X @ mixing  # the cut does not depend on units and correlations
+    metric = _t(mixing.T @ mixing)  # the covariance of either cluster
+    found = [mask.numpy() for mask in moves.halves(_t(X), _t(np.ones(200)), metric)]
+    agreement = [max((mask == labels).mean(), (mask != labels).mean()) for mask in found]
+    assert agreement[0] == 1.0
+    assert max(agreement[1:]) >= 0.98  # without knowing what one cluster looks like
+    weight = rng.integers(1, 4, size=200)
+    weighted = moves.halves(_t(X), _t(weight), metric)
+    repeated = moves.halves(_t(np.repeat(X, weight, axis=0)), _t(np.ones(weight.sum())), metric)
+    for one, two in zip(weighted, repeated, strict=True):
+        expected = np.repeat(one.numpy(), weight)
+        assert (two.numpy() == expected).all() or (two.numpy() != expected).all()
+
+
+def test_moves_on_the_same_components_are_not_combined():
+    p = _problem("diag", "dirichlet_process", K=4, N=20)
+    statistics = centred(_statistics(p), p.cls)
+    one = Move(3.0, (0, 1), moves._part(statistics, 0))
+    two = Move(2.0, (1, 2), moves._part(statistics, 1))
+    three = Move(1.0, (3,), moves._part(statistics, 3))
+    propose = Proposals(p.prior, p.rows, moves.MOVES, np.random.default_rng(0))
+    assert propose._disjoint(statistics, [one, two, three]) == [one, three]
+    many = Move(1.0, (3,), statistics)  # one component into four: no room
+    assert propose._disjoint(statistics, [many]) == []
+    assert propose._disjoint(statistics, [one, many]) == [one]
+
+
+@every_shape
+def test_a_sample_of_the_rows_is_enough_to_find_a_move(shape, monkeypatch):
+    p, state, before, step = _clusters(shape, "dirichlet_process", _joined, K=6)
+    monkeypatch.setattr(moves, "_SMALLEST_SAMPLE", 100)
+    monkeypatch.setattr(moves, "_SAMPLE_BYTES", 0)
+    propose = Proposals(p.prior, p.rows, moves.MOVES, np.random.default_rng(0))
+    assert len(propose._x) == 100
+    np.testing.assert_allclose(float(propose._weight.sum()), 240.0)
+    proposal = next(propose(state))
+    for _ in range(search._TRIAL_PASSES):
+        proposal, after = step(proposal)
+    assert after > before + 1.0
