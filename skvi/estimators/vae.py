@@ -77,6 +77,9 @@ _LEARNED = ("noise_std", "noise_floor", "dof", "dispersion")
 # Rows further out than this, in units of the spread, have squares outside the dtype's range.
 _REACH = {torch.float32: 1e12, torch.float64: 1e100}
 
+# Maps row indices (B,) to the rows, (B, D), and to the mask of their observed cells, if any miss.
+_Reader = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
 
 class _Model(NamedTuple):
     """What a fit found: NumPy arrays and plain numbers only."""
@@ -154,7 +157,7 @@ class VAETransformer(
     free_bits : float, default=0.0
         Nats per code and row, on average over a minibatch, that the KL may have without cost in
         training (Kingma et al. 2016): codes are then not given up early. Reported bounds have none.
-    learning_rate_init : float, default=0.001
+    learning_rate_init : float, default=0.003
         Step of Adam after a warm-up of up to 20 steps in the first call; `fit` anneals it to zero
         along a cosine over its epochs, `partial_fit` keeps it.
     batch_size : int or "auto", default="auto"
@@ -310,7 +313,7 @@ class VAETransformer(
         beta: float = 1.0,
         kl_warmup: int = 0,
         free_bits: float = 0.0,
-        learning_rate_init: float = 0.001,
+        learning_rate_init: float = 0.003,
         batch_size: int | str = "auto",
         max_iter: int | None = None,
         early_stopping: bool | str = "auto",
@@ -521,11 +524,6 @@ class VAETransformer(
 
         x, observed = split_missing(_resident(X, affine, device, dtype))
 
-        def cells(batch: Tensor) -> tuple[Tensor, Tensor | None]:
-            # index_select copies rows; indexing with brackets copies numbers.
-            known = None if observed is None else observed.index_select(0, batch)
-            return x.index_select(0, batch), known
-
         # Of the same X, a warm start holds the same rows out: they are never trained on.
         generator = make_generator(_derive_seed(seed, 0), device)
         order = torch.randperm(X.shape[0], generator=generator, device=device)
@@ -533,13 +531,15 @@ class VAETransformer(
         w = torch.tensor(weight, device=device)
         for part in (held_out, rows):
             w[part] = _of_mean_one(w[part])
+        if model is not None:
+            generator = make_generator(_derive_seed(seed, n_epochs_before), device)
+        cells = self._reader(x, observed, generator)
         if model is None:
             net = build(architecture, device, dtype)
             noise_floor = torch.from_numpy(floor).to(device)
             start.initialise(net, *cells(rows), w[rows], noise_floor, generator)
         else:
             net = model.on(device, dtype)
-            generator = make_generator(_derive_seed(seed, n_epochs_before), device)
         w = w.to(dtype)
         net.set_product_dtype(self._product_dtype(architecture, batch_size, device))
         optimizer = adam(
@@ -625,6 +625,19 @@ class VAETransformer(
         ]
         self._publish(X, weight, device)
         return descent
+
+    def _reader(self, x: Tensor, observed: Tensor | None, generator: torch.Generator) -> _Reader:
+        """Return what training and validation see of the resident rows.
+
+        A subclass may draw afresh here, from `generator`, at every visit of a row.
+        """
+
+        def cells(batch: Tensor) -> tuple[Tensor, Tensor | None]:
+            # index_select copies rows; indexing with brackets copies numbers.
+            known = None if observed is None else observed.index_select(0, batch)
+            return x.index_select(0, batch), known
+
+        return cells
 
     def _publish(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
         """Set the attributes that follow from the network and the rows it was fitted to."""
@@ -1188,7 +1201,7 @@ def _of_mean_one(weight: Tensor) -> Tensor:
 
 def _mean_bound(
     net: VAE,
-    cells: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    cells: _Reader,
     weight: Tensor,
     rows: Tensor,
     noise: Tensor,
