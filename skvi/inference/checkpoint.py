@@ -44,6 +44,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, str]) -> None:
         self.path = Path(path)
         self.identity = identity
+        self._partial = self.path.with_name(f"{self.path.name}.partial")
         self._next = -math.inf
         if not self.path.parent.is_dir():
             raise ValueError(f"checkpoint={str(path)!r}: its folder does not exist; create it.")
@@ -81,15 +82,15 @@ class Checkpoint:
         if since < self._next:
             return
         label = json.dumps({"format": _FORMAT, **self.identity})
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        with partial.open("wb") as file:
+        with self._partial.open("wb") as file:
             np.savez(file, allow_pickle=False, **{"label": np.array(label), **arrays()})
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(self.path)
+        self._partial.replace(self.path)
         now = time.monotonic()
         self._next = now + (now - since) / _SHARE
 
     def remove(self) -> None:
-        """Delete the file, if there is one."""
+        """Delete the file, if there is one, and what a cut writing may have left."""
         self.path.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)

@@ -710,10 +710,32 @@ def test_a_diverging_fit_is_an_error_and_leaves_no_attributes(iris):
     assert not hasattr(vae, "elbo_")
 
 
-def test_a_learning_rate_a_hundred_times_too_large_stays_finite(iris):
-    vae = _fit(_short(learning_rate_init=0.3, max_iter=50), iris)
-    assert np.isfinite(vae.elbo_)
-    assert np.isfinite(vae.transform(iris)).all()
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("early_stopping", [True, False])
+@pytest.mark.parametrize("kind", ["iris", "binary"])
+def test_a_learning_rate_a_hundred_times_too_large_is_an_error_or_finite(
+    iris, binary, kind, early_stopping, precision
+):
+    X = iris if kind == "iris" else binary
+    vae = _short(
+        learning_rate_init=0.3,
+        hidden_layer_sizes=(64, 64),
+        max_iter=30,
+        early_stopping=early_stopping,
+        precision=precision,
+    )
+    try:
+        _fit(vae, X)
+    except ValueError as error:
+        if "learning_rate_init" not in str(error) or hasattr(vae, "elbo_"):
+            raise
+        return
+    values = [vae.elbo_, *vae.elbo_history_, *vae.validation_elbo_history_]
+    assert np.isfinite(values).all()
+    for name, value in vae._model.weights.items():
+        assert np.isfinite(value).all(), name
+    assert np.isfinite(vae.transform(X)).all()
+    assert np.isfinite(vae.log_predictive(X, 20)).all()
 
 
 # -- bad input ------------------------------------------------------------------------------------
