@@ -1,8 +1,10 @@
 """Variational autoencoder as a scikit-learn transformer and density estimator."""
 
 import hashlib
+import itertools
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -60,8 +62,9 @@ _MIN_STEPS, _MIN_EPOCHS, _MAX_STEPS = 2000, 20, 20_000
 # choose the epoch by chance.
 _MIN_ROWS_TO_HOLD_OUT = 1000
 _VALIDATION_DRAWS = 8
-# precision="auto": below this, converting numbers costs more than narrow products save.
-_LEAST_SIZE_FOR_BFLOAT16 = 128
+# precision="auto": so many multiplications in the largest product of a step; below, converting
+# numbers costs more time than narrow products save.
+_LEAST_PRODUCT_FOR_BFLOAT16 = 20_000_000
 # A checkpoint may be continued under other values of these: no bit of training depends on them.
 _FREE_TO_CHANGE = {"checkpoint", "n_mc", "verbose"}
 # So many draws of a block of rows are decoded at a time, whatever their number.
@@ -180,8 +183,9 @@ class VAETransformer(
         Of the arithmetic of training. "bfloat16": the products of the hidden layers read numbers
         of 8 binary digits, while weights, optimiser, losses and the recorded bounds stay
         float32. "auto": that, if the processor multiplies bfloat16 itself, if no column is a real
-        number, and if layers and minibatches have at least 128 rows; else "float32". "float64":
-        everything. Scores and codes never use less than float32: see Notes.
+        number, and if `batch_size` times the largest matrix (such as 256 x 784 x 128) is at least
+        20 million, from where it is faster; else "float32". "float64": everything. Scores and
+        codes never use less than float32: see Notes.
     device : str or torch.device, default="auto"
         "auto": the device of X if it is a tensor, else CUDA if there is one, else the CPU. An
         explicit device that is missing is an error.
@@ -757,8 +761,9 @@ class VAETransformer(
         """Return the dtype of the hidden layers' products in training; None: no other than all."""
         if self.precision != "auto":
             return torch.bfloat16 if self.precision == "bfloat16" else None
-        widest = max(architecture.hidden_layer_sizes, default=0)
-        pays = min(batch_size, widest) >= _LEAST_SIZE_FOR_BFLOAT16
+        widths = (architecture.n_outputs, *architecture.hidden_layer_sizes)
+        largest = max((n * m for n, m in itertools.pairwise(widths)), default=0)
+        pays = batch_size * largest >= _LEAST_PRODUCT_FOR_BFLOAT16
         # Real columns may be known to a 300th of their range: more digits than bfloat16 has.
         real = standardised_columns(architecture.blocks, architecture.n_features).any()
         narrow = pays and not real and has_fast_bfloat16(device)
@@ -1163,9 +1168,8 @@ def _torch_dtype(array: np.ndarray) -> torch.dtype:
 def _described(value: Any) -> str:
     """Return a text that is the same in every process and differs between parameters."""
     if isinstance(value, np.ndarray):
-        value = value.tolist()
-    # The default text of an object has its address.
-    return repr(value) if type(value).__repr__ is not object.__repr__ else type(value).__qualname__
+        value = value.tolist()  # the text of a long array leaves most of it out
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _digest(array: np.ndarray) -> str:

@@ -480,13 +480,14 @@ def test_auto_uses_bfloat16_where_it_pays_and_costs_no_digits(binary, iris, monk
         set_product_dtype(net, dtype)
 
     monkeypatch.setattr(module.VAE, "set_product_dtype", record)
-    wide = {"hidden_layer_sizes": (256,), "max_iter": 1, "early_stopping": False}
+    # 64 columns: products of 64 x 512 x 1000 and less
+    wide = {"hidden_layer_sizes": (512,), "batch_size": 1000, "max_iter": 1}
     for fast in (True, False):
         monkeypatch.setattr(module, "has_fast_bfloat16", lambda device, fast=fast: fast)
         _fit(_short(**wide), binary)
-        _fit(_short(**wide | {"hidden_layer_sizes": (64,)}), binary)
-        _fit(_short(**wide, batch_size=100), binary)
-        _fit(_short(**wide), iris)
+        _fit(_short(**wide | {"hidden_layer_sizes": (256,)}), binary)
+        _fit(_short(**wide | {"batch_size": 100}), binary)
+        _fit(_short(**wide | {"hidden_layer_sizes": (512, 512)}), iris)
         assert chosen == [torch.bfloat16 if fast else None, None, None, None]
         chosen.clear()
 
@@ -574,6 +575,16 @@ def test_a_checkpoint_of_another_fit_is_refused_and_kept(iris, tmp_path, monkeyp
     path.write_bytes(content)
     _fit(_short(checkpoint=str(path), n_mc=7), iris)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parameters_have_the_same_description_in_every_process():
+    one, two = np.random.RandomState(0), np.random.RandomState(0)
+    assert module._described(one) == module._described(two)
+    long = np.zeros(5000)
+    other = long.copy()
+    other[2500] = 1.0
+    assert module._described(long) != module._described(other)
+    assert module._described({"gaussian": ["a"]}) != module._described({"gaussian": ["b"]})
 
 
 def test_a_fit_that_diverges_leaves_no_checkpoint(iris, tmp_path):
