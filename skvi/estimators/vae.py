@@ -1,7 +1,10 @@
 """Variational autoencoder as a scikit-learn transformer and density estimator."""
 
+import hashlib
 import itertools
 import math
+import os
+import re
 import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -32,15 +35,24 @@ from skvi.estimators._columns import (
     without_levels,
 )
 from skvi.estimators._compat import Interval, StrOptions, fit_context
-from skvi.inference.gradient import Descent, Patience, Schedule, adam, descend, export_state
+from skvi.inference.checkpoint import Checkpoint
+from skvi.inference.gradient import (
+    Descent,
+    Patience,
+    Schedule,
+    State,
+    adam,
+    descend,
+    export_state,
+)
 from skvi.inference.monitor import Status, announce_epoch
 from skvi.models.terms import ElboTerms
 from skvi.models.vae import objective, start
 from skvi.models.vae.likelihoods import LIKELIHOODS, Block
 from skvi.models.vae.networks import ACTIVATIONS, VAE, Architecture, build, export, restore
 from skvi.models.vae.objective import split_missing
-from skvi.runtime.blocks import Affine, Rows, block_rows
-from skvi.runtime.device import resolve_device
+from skvi.runtime.blocks import Affine, Rows, block_rows, row_slices
+from skvi.runtime.device import has_fast_bfloat16, resolve_device
 from skvi.runtime.random import draw_seed, make_generator
 
 # The budget of max_iter=None: at least so many optimiser steps, at least so many epochs, but the
@@ -50,6 +62,11 @@ _MIN_STEPS, _MIN_EPOCHS, _MAX_STEPS = 2000, 20, 20_000
 # choose the epoch by chance.
 _MIN_ROWS_TO_HOLD_OUT = 1000
 _VALIDATION_DRAWS = 8
+# precision="auto": so many multiplications in the largest product of a step; below, converting
+# numbers costs more time than narrow products save.
+_LEAST_PRODUCT_FOR_BFLOAT16 = 20_000_000
+# A checkpoint may be continued under other values of these: no bit of training depends on them.
+_FREE_TO_CHANGE = {"checkpoint", "n_mc", "verbose"}
 # So many draws of a block of rows are decoded at a time, whatever their number.
 _DRAWS_PER_BLOCK = 64
 _WARMUP_STEPS = 20
@@ -62,6 +79,9 @@ _ORDINARY_FLOOR = math.sqrt(0.1)
 _LEARNED = ("noise_std", "noise_floor", "dof", "dispersion")
 # Rows further out than this, in units of the spread, have squares outside the dtype's range.
 _REACH = {torch.float32: 1e12, torch.float64: 1e100}
+
+# Maps row indices (B,) to the rows, (B, D), and to the mask of their observed cells, if any miss.
+_Reader = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 class _Model(NamedTuple):
@@ -140,7 +160,7 @@ class VAETransformer(
     free_bits : float, default=0.0
         Nats per code and row, on average over a minibatch, that the KL may have without cost in
         training (Kingma et al. 2016): codes are then not given up early. Reported bounds have none.
-    learning_rate_init : float, default=0.001
+    learning_rate_init : float, default=0.003
         Step of Adam after a warm-up of up to 20 steps in the first call; `fit` anneals it to zero
         along a cosine over its epochs, `partial_fit` keeps it.
     batch_size : int or "auto", default="auto"
@@ -159,6 +179,13 @@ class VAETransformer(
         `converged_`. None: a fifth of the epochs, at least 10.
     n_mc : int, default=32
         Draws of z per row when scoring.
+    precision : {"auto", "bfloat16", "float32", "float64"}, default="auto"
+        Of the arithmetic of training. "bfloat16": the products of the hidden layers read numbers
+        of 8 binary digits, while weights, optimiser, losses and the recorded bounds stay
+        float32. "auto": that, if the processor multiplies bfloat16 itself, if no column is a real
+        number, and if `batch_size` times the largest matrix (such as 256 x 784 x 128) is at least
+        20 million, from where it is faster; else "float32". "float64": everything. Scores and
+        codes never use less than float32: see Notes.
     device : str or torch.device, default="auto"
         "auto": the device of X if it is a tensor, else CUDA if there is one, else the CPU. An
         explicit device that is missing is an error.
@@ -168,6 +195,11 @@ class VAETransformer(
     warm_start : bool, default=False
         `fit` continues with the weights, the optimiser's moments, the units, the likelihood and
         the seed of the previous fit. The same X has the same rows held out again.
+    checkpoint : str or path-like, default=None
+        A file in which `fit` keeps its state: after the first epoch, then as often as takes a
+        twentieth of the time. If the process is killed or the fit interrupted, the same call goes
+        on from the file, on the same machine to the same bits. A file of a fit to other data or
+        with other parameters is refused; a fit that ends deletes it. `partial_fit` takes no notice.
     verbose : int, default=0
         1 prints the bound every tenth epoch, 2 every epoch.
 
@@ -219,8 +251,8 @@ class VAETransformer(
     Cells that are NaN are missing at random: likelihoods are summed over the observed cells, the
     encoder reads the column's mean in place of the others, and a row without any observed cell
     has the prior as its posterior and the score 0 (Mattei & Frellsen 2019).
-    Networks train in float32; a float64 X is scored and transformed in float64, a float32 X in
-    float32.
+    Networks train in float32 unless `precision` says otherwise; a float64 X is scored and
+    transformed in float64, a float32 X in float32.
 
     References
     ----------
@@ -266,9 +298,11 @@ class VAETransformer(
         "validation_fraction": [Interval(Real, 0.0, 1.0, closed="neither")],
         "n_iter_no_change": [None, Interval(Integral, 1, None, closed="left")],
         "n_mc": [Interval(Integral, 1, None, closed="left")],
+        "precision": [StrOptions({"auto", "float32", "bfloat16", "float64"})],
         "device": [str, torch.device],
         "random_state": ["random_state"],
         "warm_start": ["boolean"],
+        "checkpoint": [None, str, os.PathLike],
         "verbose": ["verbose"],
     }
 
@@ -283,16 +317,18 @@ class VAETransformer(
         beta: float = 1.0,
         kl_warmup: int = 0,
         free_bits: float = 0.0,
-        learning_rate_init: float = 0.001,
+        learning_rate_init: float = 0.003,
         batch_size: int | str = "auto",
         max_iter: int | None = None,
         early_stopping: bool | str = "auto",
         validation_fraction: float = 0.1,
         n_iter_no_change: int | None = None,
         n_mc: int = 32,
+        precision: str = "auto",
         device: str | torch.device = "auto",
         random_state: Any = None,
         warm_start: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         verbose: int = 0,
     ) -> None:
         self.n_components = n_components
@@ -310,9 +346,11 @@ class VAETransformer(
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
         self.n_mc = n_mc
+        self.precision = precision
         self.device = device
         self.random_state = random_state
         self.warm_start = warm_start
+        self.checkpoint = checkpoint
         self.verbose = verbose
 
     # -- fitting ----------------------------------------------------------------------------------
@@ -340,7 +378,8 @@ class VAETransformer(
         ------
         ValueError
             For invalid parameters or data; for values that their likelihood cannot explain; for a
-            `warm_start` from a fit of another shape; if training diverges.
+            `warm_start` from a fit of another shape; for a `checkpoint` of another fit; if
+            training diverges.
 
         Warns
         -----
@@ -358,20 +397,30 @@ class VAETransformer(
             batch_size = self._batch_size(n_train)
             n_batches = math.ceil(n_train / batch_size)
             n_epochs = self._n_epochs(n_batches)
-            descent = self._train(
-                X,
-                weight,
-                door.device,
-                model,
-                n_before=0,
-                n_validation=n_validation,
-                batch_size=batch_size,
-                n_epochs=n_epochs,
-                schedule=Schedule(_WARMUP_STEPS if model is None else 0, anneal=True),
-                patience=Patience(self._patience(n_epochs), _TRAINING_TOL),
-            )
+            keeper = self._keeper(X, weight, model)
+            try:
+                descent = self._train(
+                    X,
+                    weight,
+                    door.device,
+                    model,
+                    n_before=0,
+                    n_validation=n_validation,
+                    batch_size=batch_size,
+                    n_epochs=n_epochs,
+                    schedule=Schedule(_WARMUP_STEPS if model is None else 0, anneal=True),
+                    patience=Patience(self._patience(n_epochs), _TRAINING_TOL),
+                    keeper=keeper,
+                )
+            except ValueError:
+                # It would fail again; with other parameters the file would be refused.
+                if keeper is not None:
+                    keeper.remove()
+                raise
             self.n_iter_ = len(descent.history)
             self.converged_ = self.max_iter is None or descent.status is Status.CONVERGED
+        if keeper is not None:
+            keeper.remove()
         if not self.converged_:
             warnings.warn(
                 f"max_iter={self.max_iter} epochs ended the fit before it had converged; "
@@ -450,8 +499,13 @@ class VAETransformer(
         n_epochs: int,
         schedule: Schedule,
         patience: Patience,
+        keeper: Checkpoint | None = None,
     ) -> Descent:
-        """Run epochs from `model` or from a fresh start, and publish what they found."""
+        """Run epochs from `model` or from a fresh start, and publish what they found.
+
+        What `keeper` has saved goes on instead, if there is anything.
+        """
+        saved = None if keeper is None else keeper.saved
         if model is None:
             if X.shape[0] < 2:
                 raise ValueError(
@@ -462,18 +516,17 @@ class VAETransformer(
             check_support(X, blocks, self._names())
             architecture = self._architecture(X.shape[1], with_levels(blocks, X))
             affine, floor = fitted_units(X, weight, architecture.blocks)
-            seed, n_epochs_before = draw_seed(self.random_state), 0
+            seed = draw_seed(self.random_state) if saved is None else int(saved["seed"])
+            n_epochs_before = 0
         else:
             self._check_continues(model, X)
             architecture, affine, seed = model.architecture, model.affine, model.seed
             n_epochs_before = model.n_epochs
             check_support(X, architecture.blocks, self._names())
-        self._check_reach(X, architecture.blocks, affine, torch.float32)
+        dtype = torch.float64 if self.precision == "float64" else torch.float32
+        self._check_reach(X, architecture.blocks, affine, dtype)
 
-        x, observed = split_missing(_resident(X, affine, device))
-
-        def cells(batch: Tensor) -> tuple[Tensor, Tensor | None]:
-            return x[batch], None if observed is None else observed[batch]
+        x, observed = split_missing(_resident(X, affine, device, dtype))
 
         # Of the same X, a warm start holds the same rows out: they are never trained on.
         generator = make_generator(_derive_seed(seed, 0), device)
@@ -482,33 +535,43 @@ class VAETransformer(
         w = torch.tensor(weight, device=device)
         for part in (held_out, rows):
             w[part] = _of_mean_one(w[part])
+        if model is not None:
+            generator = make_generator(_derive_seed(seed, n_epochs_before), device)
+        cells = self._reader(x, observed, generator)
         if model is None:
-            net = build(architecture, device, torch.float32)
+            net = build(architecture, device, dtype)
             noise_floor = torch.from_numpy(floor).to(device)
             start.initialise(net, *cells(rows), w[rows], noise_floor, generator)
         else:
-            net = model.on(device, torch.float32)
-            generator = make_generator(_derive_seed(seed, n_epochs_before), device)
-        w = w.to(x.dtype)
-        parameters = list(net.parameters())
+            net = model.on(device, dtype)
+        w = w.to(dtype)
+        net.set_product_dtype(self._product_dtype(architecture, batch_size, device))
         optimizer = adam(
-            parameters, self.learning_rate_init, None if model is None else model.optimizer
+            objective.parameter_groups(net, n_before + len(rows)),
+            self.learning_rate_init,
+            None if model is None else model.optimizer,
         )
 
         n_batches = math.ceil(len(rows) / batch_size)
-        steps = itertools.count(n_epochs_before * n_batches)
+        n_steps = n_epochs_before * n_batches
+        if saved is not None:
+            n_steps = int(saved["n_steps"])
+            with torch.no_grad():
+                for name, value in net.named_buffers():
+                    value.copy_(torch.from_numpy(saved[f"buffer/{name}"]))
 
         def loss_and_bound(batch: Tensor) -> tuple[Tensor, Tensor]:
-            rise = min(1.0, (next(steps) + 1) / (self.kl_warmup * n_batches + 1))
+            nonlocal n_steps
+            n_steps += 1
+            rise = min(1.0, n_steps / (self.kl_warmup * n_batches + 1))
             noise = x.new_empty(len(batch), architecture.n_components).normal_(generator=generator)
             return objective.training_loss(
                 net,
                 *cells(batch),
-                w[batch],
+                w.index_select(0, batch),
                 noise,
                 beta=rise * self.beta,
                 free_bits=self.free_bits,
-                n_rows=n_before + len(rows),
             )
 
         total = float(weight.sum())
@@ -524,9 +587,15 @@ class VAETransformer(
         def validate() -> Tensor:
             return _mean_bound(net, cells, w, held_out, noise)
 
+        def save(export: Callable[[], State]) -> None:
+            if keeper is not None:
+                buffers = {f"buffer/{n}": to_numpy(value) for n, value in net.named_buffers()}
+                numbers = {"seed": np.array(seed), "n_steps": np.array(n_steps)}
+                keeper.write(lambda: {**export(), **buffers, **numbers})
+
         descent = descend(
             loss_and_bound,
-            parameters,
+            [p for group in optimizer.param_groups for p in group["params"]],
             optimizer,
             rows,
             batch_size=batch_size,
@@ -534,10 +603,10 @@ class VAETransformer(
             schedule=schedule,
             generator=generator,
             patience=patience,
-            validate=(lambda: _mean_bound(net, cells, w, held_out, noise))
-            if n_validation
-            else None,
+            validate=validate if n_validation else None,
             report=report,
+            state=saved,
+            save=save,
         )
         if descent.status is Status.NON_FINITE:
             raise ValueError(
@@ -560,6 +629,19 @@ class VAETransformer(
         ]
         self._publish(X, weight, device)
         return descent
+
+    def _reader(self, x: Tensor, observed: Tensor | None, generator: torch.Generator) -> _Reader:
+        """Return what training and validation see of the resident rows.
+
+        A subclass may draw afresh here, from `generator`, at every visit of a row.
+        """
+
+        def cells(batch: Tensor) -> tuple[Tensor, Tensor | None]:
+            # index_select copies rows; indexing with brackets copies numbers.
+            known = None if observed is None else observed.index_select(0, batch)
+            return x.index_select(0, batch), known
+
+        return cells
 
     def _publish(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
         """Set the attributes that follow from the network and the rows it was fitted to."""
@@ -645,6 +727,19 @@ class VAETransformer(
                 "them, set warm_start=False, or fit a clone."
             )
 
+    def _keeper(self, X: np.ndarray, weight: np.ndarray, model: _Model | None) -> Checkpoint | None:
+        """Return the checkpoint of this fit, if there is to be one."""
+        if self.checkpoint is None:
+            return None
+        params = self.get_params(deep=False)
+        identity = {
+            name: _described(params[name]) for name in sorted(params.keys() - _FREE_TO_CHANGE)
+        }
+        identity |= {"X": _digest(X), "sample_weight": _digest(weight)}
+        if model is not None:
+            identity["the fit before it"] = " ".join(_digest(w) for w in model.weights.values())
+        return Checkpoint(self.checkpoint, identity)
+
     def _n_validation(self, n_rows: int) -> int:
         hold_out = self.early_stopping
         if hold_out == "auto":
@@ -659,6 +754,20 @@ class VAETransformer(
                 "lower it, or set early_stopping=False."
             )
         return n_validation
+
+    def _product_dtype(
+        self, architecture: Architecture, batch_size: int, device: torch.device
+    ) -> torch.dtype | None:
+        """Return the dtype of the hidden layers' products in training; None: no other than all."""
+        if self.precision != "auto":
+            return torch.bfloat16 if self.precision == "bfloat16" else None
+        widths = (architecture.n_outputs, *architecture.hidden_layer_sizes)
+        largest = max((n * m for n, m in itertools.pairwise(widths)), default=0)
+        pays = batch_size * largest >= _LEAST_PRODUCT_FOR_BFLOAT16
+        # Real columns may be known to a 300th of their range: more digits than bfloat16 has.
+        real = standardised_columns(architecture.blocks, architecture.n_features).any()
+        narrow = pays and not real and has_fast_bfloat16(device)
+        return torch.bfloat16 if narrow else None
 
     def _batch_size(self, n_train: int) -> int:
         if self.batch_size != "auto":
@@ -1056,6 +1165,20 @@ def _torch_dtype(array: np.ndarray) -> torch.dtype:
     return torch.float32 if array.dtype == np.float32 else torch.float64
 
 
+def _described(value: Any) -> str:
+    """Return a text that is the same in every process and differs between parameters."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()  # the text of a long array leaves most of it out
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _digest(array: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{array.shape} {array.dtype.str}".encode())
+    for rows in row_slices(len(array), 1024) if array.ndim else [()]:
+        digest.update(np.ascontiguousarray(array[rows]).tobytes())
+    return digest.hexdigest()
+
+
 def _derive_seed(seed: int, n_epochs: int) -> int:
     """Return a seed of its own for the run that begins after `n_epochs` epochs."""
     return int(np.random.SeedSequence([seed, n_epochs]).generate_state(1)[0])
@@ -1067,11 +1190,11 @@ def _log_scale(X: np.ndarray, affine: Affine) -> np.ndarray | float:
     return ~missing @ np.log(affine.scale) if missing.any() else affine.log_abs_det
 
 
-def _resident(X: np.ndarray, affine: Affine, device: torch.device) -> Tensor:
-    """Return all rows in fitted units, float32, on the device."""
-    x = torch.empty(X.shape, dtype=torch.float32, device=device)
+def _resident(X: np.ndarray, affine: Affine, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return all rows in fitted units on the device."""
+    x = torch.empty(X.shape, dtype=dtype, device=device)
     for rows, block, _ in Rows(X, affine, torch.device("cpu")).blocks(X.shape[1]):
-        x[rows] = block.to(device, torch.float32)
+        x[rows] = block.to(device, dtype)
     return x
 
 
@@ -1082,7 +1205,7 @@ def _of_mean_one(weight: Tensor) -> Tensor:
 
 def _mean_bound(
     net: VAE,
-    cells: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    cells: _Reader,
     weight: Tensor,
     rows: Tensor,
     noise: Tensor,

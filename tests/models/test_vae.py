@@ -253,7 +253,7 @@ def test_weights_count_as_repeated_rows_in_the_loss(rng):
     x, noise = _x(rng, 4, 3), _x(rng, 4, 2)
     counts = torch.tensor([1, 3, 2, 4])
     weight = counts.double()
-    options = {"beta": 0.7, "n_rows": 10}
+    options = {"beta": 0.7}
     weighted = objective.training_loss(model, x, None, weight / weight.mean(), noise, **options)
     repeated = objective.training_loss(
         model,
@@ -273,24 +273,40 @@ def test_free_nats_cost_nothing_and_leave_the_bound_alone(rng):
     kl = normal.kl_standard(*model.posterior(x)).mean(0)
     free = float(kl.mean())  # between the two codes
     plain, freed = (
-        objective.training_loss(model, x, None, weight, eps, beta=2.0, free_bits=f, n_rows=9)
+        objective.training_loss(model, x, None, weight, eps, beta=2.0, free_bits=f)
         for f in (0.0, free)
     )
     assert float(freed[0] - plain[0]) == pytest.approx(2.0 * float(free - kl.min()), rel=1e-9)
     assert float(freed[1]) == float(plain[1])
 
 
-def test_the_loss_is_the_negative_bound_plus_the_prior_of_the_curvature(rng):
+def test_the_loss_is_the_negative_bound(rng):
     model = _model(3, 2, hidden=(4,))
     x, eps = _x(rng, 6, 3), _x(rng, 6, 2)
     loss, bound = objective.training_loss(
-        model, x, None, torch.ones(6, dtype=torch.float64), eps, beta=1.0, n_rows=50
+        model, x, None, torch.ones(6, dtype=torch.float64), eps, beta=1.0
     )
     rows = torch.cat([_bound(model, x[i : i + 1], eps[i : i + 1]) for i in range(6)])
     assert torch.allclose(bound, rows.mean(), rtol=1e-12)
-    curvature = sum(float(w.square().sum()) for w in model.curvature_weights())
-    penalty = 0.5 * objective.WEIGHT_PRECISION / 50 * curvature
-    assert float(loss + bound) == pytest.approx(penalty, rel=1e-9)
+    assert float(loss + bound) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("hidden", [(4,), ()])
+def test_the_groups_hold_every_parameter_once_and_shrink_those_that_bend(hidden):
+    model = _model(3, 2, hidden=hidden)
+    groups = objective.parameter_groups(model, n_rows=50)
+    together = [id(p) for group in groups for p in group["params"]]
+    assert sorted(together) == sorted(id(p) for p in model.parameters())
+    # One step of plain descent from a loss of gradient zero: W - lr * tau / N * W.
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(groups, lr=0.5)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    bending = {id(p) for p in model.curvature_weights()}
+    for name, p in model.named_parameters():
+        factor = 1.0 - 0.5 * objective.WEIGHT_PRECISION / 50 if id(p) in bending else 1.0
+        torch.testing.assert_close(p.detach(), factor * before[name])
 
 
 def test_shared_noise_is_antithetic_seeded_and_private():

@@ -5,21 +5,15 @@ Nothing here draws from torch's global generator: modules are built without valu
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skvi.models.vae.fused import ACTIVATIONS, ResidualProduct
 from skvi.models.vae.likelihoods import Block, Mixed, build_likelihood
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "logistic": torch.sigmoid,
-    "relu": torch.relu,
-    "silu": nn.functional.silu,
-    "tanh": torch.tanh,
-}
 
 # log var of q(z|x) stays between -21 and 3: far below any useful precision, and not so far
 # above the prior's variance that a stray row could throw its draws out of the decoder's reach.
@@ -78,7 +72,15 @@ class ResidualMLP(nn.Module):
 
     With ``C = 0`` it is the linear map, so that training can begin at the best linear model and
     pays for curvature only where the data ask for it.
+
+    Attributes
+    ----------
+    product_dtype : torch.dtype or None
+        Of the matrix products while gradients are recorded; None: that of the parameters.
+        Scores never record any, so that they always have the parameters' digits.
     """
+
+    product_dtype: torch.dtype | None = None
 
     def __init__(self, n_in: int, hidden: tuple[int, ...], n_out: int, activation: str) -> None:
         super().__init__()
@@ -86,7 +88,7 @@ class ResidualMLP(nn.Module):
         self.linear = nn.Linear(n_in, n_out)
         self.hidden = nn.ModuleList(nn.Linear(n, n_next) for n, n_next in itertools.pairwise(sizes))
         self.correction = nn.Linear(sizes[-1], n_out, bias=False) if hidden else None
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
 
     def hidden_layers(self) -> list[nn.Linear]:
         """Return the layers before the correction, from the input on."""
@@ -94,11 +96,23 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., n_in) to (..., n_out)."""
-        y = self.linear(x)
         if self.correction is None:
-            return y
+            return self.linear(x)
+        if self.product_dtype is not None and torch.is_grad_enabled():
+            y = ResidualProduct.apply(
+                self.activation,
+                self.product_dtype,
+                x.flatten(0, -2),
+                self.linear.weight,
+                self.linear.bias,
+                self.correction.weight,
+                *self.hidden.parameters(),
+            )
+            return y.unflatten(0, x.shape[:-1])
+        function, _ = ACTIVATIONS[self.activation]
+        y = self.linear(x)
         for layer in self.hidden:
-            x = self.activation(layer(x))
+            x = function(layer(x))
         return y + self.correction(x)
 
 
@@ -146,6 +160,12 @@ class VAE(nn.Module):
             known = observed.any(-1, keepdim=True)
             mean, log_var = mean * known, log_var * known
         return Posterior(mean, log_var)
+
+    def set_product_dtype(self, dtype: torch.dtype | None) -> None:
+        """Have the hidden layers multiply in `dtype` while gradients are recorded."""
+        for network in self.modules():
+            if isinstance(network, ResidualMLP):
+                network.product_dtype = dtype
 
     def curvature_weights(self) -> list[Tensor]:
         """Return the weights that make the networks non-linear; biases and linear maps are free."""

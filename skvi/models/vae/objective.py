@@ -1,6 +1,7 @@
 """The bound, its training estimate, and the importance-weighted likelihood."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from skvi.models.terms import ElboTerms
 from skvi.models.vae.networks import VAE
 from skvi.runtime.blocks import row_slices
 
-# Precision of the normal prior of the weights that bend the networks; see `training_loss`.
+# Precision of the normal prior of the weights that bend the networks; see `parameter_groups`.
 WEIGHT_PRECISION = 20.0
 
 
@@ -87,6 +88,36 @@ def elbo_terms(
     return ElboTerms(reconstruction, kl, reconstruction + E_log_prior, normal.entropy(log_var))
 
 
+def parameter_groups(model: VAE, n_rows: int) -> list[dict[str, Any]]:
+    r"""Return all parameters, those with a prior in a group of their own.
+
+    .. math:: \nabla\, \tfrac{\tau}{2N} \|W\|^2 = \tfrac{\tau}{N} W
+
+    A normal prior of precision :math:`\tau` on the weights that bend the networks: it matters for
+    a hundred rows and vanishes for many. The optimiser adds its gradient in its one pass over the
+    weights; no loss that is computed has a part of it.
+
+    Parameters
+    ----------
+    model : VAE
+    n_rows : int
+        N, the number of training rows, without those held out.
+
+    Returns
+    -------
+    list of dict
+        With the keys "params" and "weight_decay", as torch's optimisers take them.
+    """
+    curved = model.curvature_weights()
+    among = {id(matrix) for matrix in curved}
+    free = [p for p in model.parameters() if id(p) not in among]
+    groups = [
+        {"params": free, "weight_decay": 0.0},
+        {"params": curved, "weight_decay": WEIGHT_PRECISION / n_rows},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def training_loss(
     model: VAE,
     x: Tensor,
@@ -96,17 +127,14 @@ def training_loss(
     *,
     beta: float,
     free_bits: float = 0.0,
-    n_rows: int,
 ) -> tuple[Tensor, Tensor]:
     r"""Return the loss of a minibatch and its estimate of the bound, both per unit of weight.
 
     .. math::
         \text{loss} = \beta \sum_k \max(\lambda, \tfrac1B \sum_n w_n \mathrm{KL}_{nk})
             - \tfrac1B \sum_n w_n \text{reconstruction}_n
-            + \tfrac{\tau}{2N} \|\text{curvature weights}\|^2
 
-    The last term is a normal prior of precision :math:`\tau` on the weights that bend the
-    networks: it matters for a hundred rows and vanishes for many.
+    The prior of the weights is the optimiser's part; see :func:`parameter_groups`.
 
     Parameters
     ----------
@@ -123,8 +151,6 @@ def training_loss(
         Weight of the KL (Higgins et al. 2017); 1 is the bound.
     free_bits : float
         lambda, nats per code that cost nothing (Kingma et al. 2016, arXiv:1606.04934, C.8).
-    n_rows : int
-        N, the number of training rows, without those held out.
 
     Returns
     -------
@@ -137,8 +163,6 @@ def training_loss(
     reconstruction = (weight * log_prob).mean()
     kl = weight @ normal.kl_standard(mean, log_var) / len(x)  # (k,)
     loss = beta * kl.clamp_min(free_bits).sum() - reconstruction
-    for matrix in model.curvature_weights():
-        loss = loss + (0.5 * WEIGHT_PRECISION / n_rows) * matrix.square().sum()
     return loss, (reconstruction - kl.sum()).detach()
 
 
