@@ -42,6 +42,10 @@ AUTOENCODERS = [
     VAETransformer(**SMALL_VAE, noise_std=0.5),
     VAETransformer(**SMALL_VAE, likelihood="gaussian_heteroscedastic"),
     VAETransformer(**SMALL_VAE, likelihood="student_t"),
+    # Every prior, every posterior and importance weights once: their pairs are independent.
+    VAETransformer(**SMALL_VAE, prior="uniform", posterior_type="full"),
+    VAETransformer(**SMALL_VAE, prior="mixture", posterior_type="flow", n_prior_components=3),
+    VAETransformer(**SMALL_VAE, prior="vamp", n_prior_components=3, n_importance=3),
 ]
 ALL = [MIXTURES[0], LINEARS[0], AUTOENCODERS[0]]
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from skvi.models.vae.likelihoods import Block, Mixed, build_likelihood
+from skvi.models.vae.posteriors import POSTERIORS, Posterior
+from skvi.models.vae.priors import PRIORS, Law
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "logistic": torch.sigmoid,
@@ -20,10 +22,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "tanh": torch.tanh,
 }
-
-# log var of q(z|x) stays between -21 and 3: far below any useful precision, and not so far
-# above the prior's variance that a stray row could throw its draws out of the decoder's reach.
-_LOG_VAR_CENTRE, _LOG_VAR_RADIUS = -9.0, 12.0
 
 
 class Architecture(NamedTuple):
@@ -39,6 +37,12 @@ class Architecture(NamedTuple):
         A key of `ACTIVATIONS`.
     blocks : tuple of Block
         Which likelihood explains which columns.
+    prior : str
+        A key of `PRIORS`.
+    n_prior_components : int
+        Components of a mixture prior, pseudo-inputs of a vamp prior; 0 for others.
+    posterior : str
+        A key of `POSTERIORS`.
     """
 
     n_features: int
@@ -46,29 +50,14 @@ class Architecture(NamedTuple):
     hidden_layer_sizes: tuple[int, ...]
     activation: str
     blocks: tuple[Block, ...]
+    prior: str = "normal"
+    n_prior_components: int = 0
+    posterior: str = "diag"
 
     @property
     def n_outputs(self) -> int:
         """Width of the decoder's output."""
         return sum(block.n_outputs for block in self.blocks)
-
-
-def bounded_log_var(raw: Tensor) -> Tensor:
-    """Map any number into the range of log variances, smoothly."""
-    return _LOG_VAR_CENTRE + _LOG_VAR_RADIUS * torch.tanh((raw - _LOG_VAR_CENTRE) / _LOG_VAR_RADIUS)
-
-
-def unbounded_log_var(log_var: Tensor) -> Tensor:
-    """Invert `bounded_log_var`; values at or beyond its limits are moved just inside."""
-    ratio = ((log_var - _LOG_VAR_CENTRE) / _LOG_VAR_RADIUS).clamp(-0.99, 0.99)
-    return _LOG_VAR_CENTRE + _LOG_VAR_RADIUS * torch.atanh(ratio)
-
-
-class Posterior(NamedTuple):
-    """``q(z|x) = N(mean, diag exp(log_var))``; both of shape (N, k)."""
-
-    mean: Tensor
-    log_var: Tensor
 
 
 class ResidualMLP(nn.Module):
@@ -103,7 +92,7 @@ class ResidualMLP(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder, decoder and likelihood, in fitted units.
+    """Encoder, decoder, likelihood, prior and posterior family, in fitted units.
 
     The encoder reads ``(features(x) - input_shift) * input_scale``: centred, and so that a feature
     with a few values hundreds of standard deviations out cannot flood it; the likelihood reads x.
@@ -118,34 +107,52 @@ class VAE(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        _, n_components, hidden, activation, blocks = architecture
-        self.likelihood = build_likelihood(blocks)
+        k, hidden, activation = architecture[1:4]
+        self.likelihood = build_likelihood(architecture.blocks)
         n_inputs, n_outputs = self.likelihood.n_inputs, self.likelihood.n_outputs
-        self.encoder = ResidualMLP(n_inputs, hidden, 2 * n_components, activation)
-        self.decoder = ResidualMLP(n_components, hidden[::-1], n_outputs, activation)
+        self.family = POSTERIORS[architecture.posterior](k)
+        self.prior = PRIORS[architecture.prior](k, architecture.n_prior_components, n_inputs)
+        self.encoder = ResidualMLP(n_inputs, hidden, self.family.n_outputs, activation)
+        self.decoder = ResidualMLP(k, hidden[::-1], n_outputs, activation)
         self.register_buffer("input_shift", torch.empty(n_inputs))
         self.register_buffer("input_scale", torch.empty(n_inputs))
 
-    def inputs(self, x: Tensor) -> Tensor:
-        """Return what the encoder reads of rows x, shape (N, D) -> (N, n_inputs)."""
-        return (self.likelihood.features(x) - self.input_shift) * self.input_scale
+    def inputs(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
+        """Return what the encoder reads of rows x, shape (N, D) -> (N, n_inputs).
 
-    def posterior(self, x: Tensor, observed: Tensor | None = None) -> Posterior:
-        """Return q(z|x) of rows x, shape (N, D), of which the `observed` cells are known.
-
-        Features of other cells are put at their mean, zero; a row without any known cell has the
-        prior, the exact posterior given nothing.
+        Features of cells that are not `observed` are put at their mean, zero.
         Source: Mattei & Frellsen (2019), MIWAE, arXiv:1812.02633, section 3.
         """
-        inputs = self.inputs(x)
-        if observed is not None:
-            inputs = inputs * self.likelihood.per_feature(observed)
-        mean, raw = self.encoder(inputs).chunk(2, dim=-1)  # (N, k) each
-        log_var = bounded_log_var(raw)
-        if observed is not None:
-            known = observed.any(-1, keepdim=True)
-            mean, log_var = mean * known, log_var * known
-        return Posterior(mean, log_var)
+        inputs = (self.likelihood.features(x) - self.input_shift) * self.input_scale
+        return inputs if observed is None else inputs * self.likelihood.per_feature(observed)
+
+    def posterior(self, x: Tensor, observed: Tensor | None = None) -> Posterior:
+        """Return q(z|x) of rows x, shape (N, D), of which the `observed` cells are known."""
+        return self.posterior_of(self.encoder(self.inputs(x, observed)), observed)
+
+    def posterior_of(self, output: Tensor, observed: Tensor | None = None) -> Posterior:
+        """Return the posteriors that an output of the encoder, (N, n), stands for.
+
+        A row without any known cell has the prior, the exact posterior given nothing: exactly
+        under a normal one, else a normal law with its mean and variances.
+        """
+        if observed is None:
+            return self.family(output)
+        known = observed.any(-1, keepdim=True)
+        return self.family(output, known, self.prior_law(output).moments())
+
+    def prior_law(self, like: Tensor) -> Law:
+        """Return p(z), in the dtype and on the device of `like`."""
+
+        def encode(inputs: Tensor, known: Tensor) -> Posterior:
+            standard = torch.zeros_like(inputs[0, :1]), torch.ones_like(inputs[0, :1])
+            return self.family(self.encoder(inputs), known, standard)
+
+        return self.prior.law(encode, like)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the decoder's output for z, (..., k) -> (..., n_outputs)."""
+        return self.decoder(self.prior.code(z))
 
     def curvature_weights(self) -> list[Tensor]:
         """Return the weights that make the networks non-linear; biases and linear maps are free."""
@@ -154,7 +161,7 @@ class VAE(nn.Module):
             for network in (self.encoder, self.decoder)
             for layer in (*network.hidden_layers(), network.correction)
             if layer is not None
-        ]
+        ] + self.family.curvature_weights()
 
 
 def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> VAE:

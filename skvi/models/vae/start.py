@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from skvi.models.vae.likelihoods import Marginals
-from skvi.models.vae.networks import VAE, ResidualMLP, unbounded_log_var
+from skvi.models.vae.networks import VAE, ResidualMLP
+from skvi.models.vae.posteriors import unbounded_log_var
 
 # Enough for a linear start; more rows cost time and add nothing that training would not find.
 _MAX_ROWS = 4096
@@ -145,6 +146,8 @@ def initialise(
         model.decoder.linear.weight.copy_(loadings)
         for network in (model.encoder, model.decoder):
             _fill_correction(network, generator)
+        model.family.initialise(generator)
+        _start_prior(model, x, observed, generator)
 
 
 def _observed_moments(
@@ -161,9 +164,23 @@ def _fill_encoder(model: VAE, start: LinearStart) -> None:
     linear = model.encoder.linear
     n_components = start.encoder.shape[0]
     linear.weight.zero_()
+    linear.bias.zero_()
     linear.weight[:n_components] = start.encoder / model.input_scale
-    linear.bias[:n_components] = 0.0
-    linear.bias[n_components:] = unbounded_log_var(start.log_var)
+    linear.bias[n_components : 2 * n_components] = unbounded_log_var(start.log_var)
+    model.family.start(linear)
+
+
+def _start_prior(
+    model: VAE, x: Tensor, observed: Tensor | None, generator: torch.Generator
+) -> None:
+    """Give the prior what the encoder reads of some rows, each at most once if there are enough."""
+    n_wanted = model.prior.n_prior_components
+    if n_wanted == 0:
+        return
+    order = torch.randperm(len(x), generator=generator, device=x.device)
+    rows = order.repeat(math.ceil(n_wanted / len(x)))[:n_wanted]
+    inputs = model.inputs(x[rows], None if observed is None else observed[rows])
+    model.prior.initialise(inputs, model.encoder(inputs)[:, : model.family.n_components])
 
 
 def _fill_correction(network: ResidualMLP, generator: torch.Generator) -> None:
