@@ -37,7 +37,17 @@ from skvi.inference.monitor import Status, announce_epoch
 from skvi.models.terms import ElboTerms
 from skvi.models.vae import objective, start
 from skvi.models.vae.likelihoods import LIKELIHOODS, Block
-from skvi.models.vae.networks import ACTIVATIONS, VAE, Architecture, build, export, restore
+from skvi.models.vae.networks import (
+    ACTIVATIONS,
+    VAE,
+    Architecture,
+    Custom,
+    build,
+    checked_custom,
+    export,
+    restore,
+    widths_of,
+)
 from skvi.models.vae.objective import split_missing
 from skvi.models.vae.posteriors import POSTERIORS
 from skvi.models.vae.priors import HALF_WIDTH, PRIORS
@@ -118,6 +128,17 @@ class VAETransformer(
         model is factor analysis.
     activation : {"logistic", "relu", "silu", "tanh"}, default="silu"
         Of the hidden layers.
+    encoder, decoder : torch.nn.Module or callable, default=None
+        Networks in place of the built-in ones. A module maps rows (N, n_in) to (N, n_out), or a
+        callable ``(n_in, n_out)`` returns such a module, seeded by `random_state`. The
+        encoder reads the columns in fitted units (n_in = n_features; categorical columns have one
+        indicator per code) and returns k means, k unbounded log variances, then k (k - 1) / 2
+        slopes for a "full" posterior or a context of k numbers for a "flow". The decoder reads
+        k codes and returns one number per column ("gaussian": standardised means; "bernoulli":
+        logits; "poisson": log rates; "gaussian_heteroscedastic" two per column; categorical
+        columns one per code). Training starts from the values of a copy, not at factor analysis,
+        and no prior acts on its weights; the module that was passed is never changed. Layers that
+        mix rows or draw numbers (batch normalisation, dropout) are errors.
     likelihood : str or dict, default="auto"
         What the decoder's output means, for all columns or, as a dict, for lists of them.
 
@@ -300,6 +321,8 @@ class VAETransformer(
         "n_components": [Interval(Integral, 1, None, closed="left")],
         "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
+        "encoder": [None, callable],
+        "decoder": [None, callable],
         "likelihood": [StrOptions({"auto", *LIKELIHOODS}), dict],
         "noise_std": [None, Interval(Real, 0.0, None, closed="neither"), "array-like"],
         "prior": [StrOptions(set(PRIORS))],
@@ -328,6 +351,8 @@ class VAETransformer(
         *,
         hidden_layer_sizes: Any = (256,),
         activation: str = "silu",
+        encoder: Any = None,
+        decoder: Any = None,
         likelihood: str | dict[str, Any] = "auto",
         noise_std: Any = None,
         prior: str = "normal",
@@ -352,6 +377,8 @@ class VAETransformer(
         self.n_components = n_components
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
+        self.encoder = encoder
+        self.decoder = decoder
         self.likelihood = likelihood
         self.noise_std = noise_std
         self.prior = prior
@@ -528,6 +555,7 @@ class VAETransformer(
             architecture = self._architecture(X.shape[1], with_levels(blocks, X))
             affine, floor = fitted_units(X, weight, architecture.blocks)
             seed, n_epochs_before = draw_seed(self.random_state), 0
+            architecture = self._with_custom(architecture, seed)
         else:
             self._check_continues(model, X)
             architecture, affine, seed = model.architecture, model.affine, model.seed
@@ -555,7 +583,7 @@ class VAETransformer(
             net = model.on(device, torch.float32)
             generator = make_generator(_derive_seed(seed, n_epochs_before), device)
         w = w.to(x.dtype)
-        parameters = list(net.parameters())
+        parameters = [p for p in net.parameters() if p.requires_grad]
         optimizer = adam(
             parameters, self.learning_rate_init, None if model is None else model.optimizer
         )
@@ -713,6 +741,25 @@ class VAETransformer(
             self.posterior_type,
         )
 
+    def _with_custom(self, architecture: Architecture, seed: int) -> Architecture:
+        """Return `architecture` with copies of the networks that were passed."""
+        customs: dict[str, Custom | None] = {}
+        for name, (n_in, n_out) in zip(
+            ("encoder", "decoder"), widths_of(architecture), strict=True
+        ):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            if isinstance(given, torch.nn.Module):
+                module = given
+            else:
+                with torch.random.fork_rng(devices=[]):
+                    # that of the CPU alone, which is put back; manual_seed would touch the GPU's
+                    torch.default_generator.manual_seed(_derive_seed(seed, 0) + len(customs))
+                    module = given(n_in, n_out)
+            customs[name] = checked_custom(module, n_in, n_out, name)
+        return architecture._replace(encoder=customs.get("encoder"), decoder=customs.get("decoder"))
+
     def _names(self) -> np.ndarray | None:
         return getattr(self, "feature_names_in_", None)
 
@@ -723,11 +770,21 @@ class VAETransformer(
 
     def _check_continues(self, model: _Model, X: np.ndarray) -> None:
         known = model.architecture._replace(blocks=without_levels(model.architecture.blocks))
-        if self._architecture(X.shape[1], self._blocks(X, known.blocks)) != known:
+        networks = known.encoder, known.decoder
+        known = known._replace(encoder=None, decoder=None)
+        changed = self._architecture(X.shape[1], self._blocks(X, known.blocks)) != known
+        if not changed and any(
+            value is not None for value in (self.encoder, self.decoder, *networks)
+        ):
+            now = self._with_custom(model.architecture._replace(encoder=None, decoder=None), 0)
+            # what modules print is their structure; their values have moved on
+            changed = repr((now.encoder, now.decoder)) != repr(networks)
+        if changed:
             raise ValueError(
                 "The previous fit cannot be continued: the number of features, n_components, "
-                "hidden_layer_sizes, activation, likelihood, noise_std, prior, n_prior_components "
-                "or posterior_type has changed. Restore them, set warm_start=False, or fit a clone."
+                "hidden_layer_sizes, activation, encoder, decoder, likelihood, noise_std, prior, "
+                "n_prior_components or posterior_type has changed. Restore them, set "
+                "warm_start=False, or fit a clone."
             )
 
     def _n_validation(self, n_rows: int) -> int:
@@ -1111,7 +1168,7 @@ class VAETransformer(
 
     def _floats_per_draw(self) -> int:
         architecture = self._model.architecture
-        widest = max(architecture.hidden_layer_sizes, default=0)
+        widest = architecture.widest_layer
         k = architecture.n_components
         # every pair of a draw and a component of the prior, and the square roots of covariances
         pairs = k * (architecture.n_prior_components + k)

@@ -4,6 +4,7 @@ Nothing here draws from torch's global generator: modules are built without valu
 (:func:`build`) and then filled, from a start (:mod:`skvi.models.vae.start`) or from stored weights.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -22,6 +23,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "tanh": torch.tanh,
 }
+
+
+class Custom(NamedTuple):
+    """A network of the user's.
+
+    Attributes
+    ----------
+    module : nn.Module
+        A copy with the values to start from; float32, on the CPU.
+    width : int
+        Numbers that its widest layer makes of one row.
+    """
+
+    module: nn.Module
+    width: int
 
 
 class Architecture(NamedTuple):
@@ -43,6 +59,8 @@ class Architecture(NamedTuple):
         Components of a mixture prior, pseudo-inputs of a vamp prior; 0 for others.
     posterior : str
         A key of `POSTERIORS`.
+    encoder, decoder : Custom or None
+        None: a :class:`ResidualMLP`.
     """
 
     n_features: int
@@ -53,11 +71,19 @@ class Architecture(NamedTuple):
     prior: str = "normal"
     n_prior_components: int = 0
     posterior: str = "diag"
+    encoder: Custom | None = None
+    decoder: Custom | None = None
 
     @property
     def n_outputs(self) -> int:
         """Width of the decoder's output."""
         return sum(block.n_outputs for block in self.blocks)
+
+    @property
+    def widest_layer(self) -> int:
+        """Numbers that the widest layer of both networks makes of one row."""
+        custom = [network.width for network in (self.encoder, self.decoder) if network]
+        return max([*self.hidden_layer_sizes, *custom], default=0)
 
 
 class ResidualMLP(nn.Module):
@@ -91,6 +117,72 @@ class ResidualMLP(nn.Module):
         return y + self.correction(x)
 
 
+class Rowwise(nn.Module):
+    """A network of the user's, which maps (N, n_in) to (N, n_out), for any leading dimensions."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., n_in) to (..., n_out)."""
+        return self.module(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custom:
+    """Return a copy of a user's network that has shown to map (2, n_in) to (2, n_out).
+
+    Raises
+    ------
+    ValueError
+        If it does not; for another thing than a module; and for layers that make the result for
+        a row depend on the rows beside it or on torch's global generator.
+    """
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"{name} must be a torch.nn.Module, or a callable (n_in, n_out) that returns one; "
+            f"got {type(module).__name__}."
+        )
+    module = copy.deepcopy(module).to("cpu", torch.float32)
+    widths = [n_in, n_out]
+    hooks = []
+    for layer in module.modules():
+        kind = type(layer).__name__
+        if "BatchNorm" in kind or "Dropout" in kind:
+            raise ValueError(
+                f"{name} has a {kind} layer, with which a row's score would depend on the rows "
+                "beside it or on chance. Use LayerNorm or GroupNorm, or leave it out."
+            )
+        hooks.append(layer.register_forward_hook(lambda _, __, y: widths.append(y.numel() // 2)))
+    try:
+        with torch.no_grad():
+            y = module(torch.zeros(2, n_in))
+    except Exception as error:
+        raise ValueError(
+            f"{name} fails on rows of {n_in} numbers, which it must map to {n_out}: {error}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if y.shape != (2, n_out):
+        raise ValueError(
+            f"{name} maps two rows of {n_in} numbers to shape {tuple(y.shape)}; it must be "
+            f"(2, {n_out})."
+        )
+    return Custom(module, max(widths))
+
+
+def widths_of(architecture: Architecture) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return what goes into and comes out of the encoder and of the decoder."""
+    with torch.device("meta"):
+        likelihood = build_likelihood(architecture.blocks)
+        family = POSTERIORS[architecture.posterior](architecture.n_components)
+    return (
+        (likelihood.n_inputs, family.n_outputs),
+        (architecture.n_components, likelihood.n_outputs),
+    )
+
+
 class VAE(nn.Module):
     """Encoder, decoder, likelihood, prior and posterior family, in fitted units.
 
@@ -112,8 +204,12 @@ class VAE(nn.Module):
         n_inputs, n_outputs = self.likelihood.n_inputs, self.likelihood.n_outputs
         self.family = POSTERIORS[architecture.posterior](k)
         self.prior = PRIORS[architecture.prior](k, architecture.n_prior_components, n_inputs)
-        self.encoder = ResidualMLP(n_inputs, hidden, self.family.n_outputs, activation)
-        self.decoder = ResidualMLP(k, hidden[::-1], n_outputs, activation)
+        self.encoder: nn.Module = nn.Identity()
+        self.decoder: nn.Module = nn.Identity()
+        if architecture.encoder is None:
+            self.encoder = ResidualMLP(n_inputs, hidden, self.family.n_outputs, activation)
+        if architecture.decoder is None:
+            self.decoder = ResidualMLP(k, hidden[::-1], n_outputs, activation)
         self.register_buffer("input_shift", torch.empty(n_inputs))
         self.register_buffer("input_scale", torch.empty(n_inputs))
 
@@ -155,10 +251,14 @@ class VAE(nn.Module):
         return self.decoder(self.prior.code(z))
 
     def curvature_weights(self) -> list[Tensor]:
-        """Return the weights that make the networks non-linear; biases and linear maps are free."""
+        """Return the weights that make the networks non-linear; biases and linear maps are free.
+
+        Custom networks are the user's to regularise.
+        """
         return [
             layer.weight
             for network in (self.encoder, self.decoder)
+            if isinstance(network, ResidualMLP)
             for layer in (*network.hidden_layers(), network.correction)
             if layer is not None
         ] + self.family.curvature_weights()
@@ -171,6 +271,11 @@ def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) 
     model = model.to_empty(device=device).to(dtype)
     if isinstance(model.likelihood, Mixed):
         model.likelihood.arrange()
+    # Copies of modules that have values: only torch's own may be built without.
+    for name in ("encoder", "decoder"):
+        custom = getattr(architecture, name)
+        if custom is not None:
+            setattr(model, name, Rowwise(copy.deepcopy(custom.module)).to(device, dtype))
     return model
 
 

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skvi.models.vae.likelihoods import Marginals
 from skvi.models.vae.networks import VAE, ResidualMLP
@@ -101,6 +101,8 @@ def initialise(
 ) -> None:
     """Fill `model` in place: linear parts from factor analysis, corrections at zero.
 
+    Custom networks keep the values that they came with.
+
     Parameters
     ----------
     model : VAE
@@ -129,7 +131,7 @@ def initialise(
     centred = (features - shift) * seen / share.sqrt()
     start = factor_analysis(
         centred * weight.sqrt()[:, None],
-        model.decoder.linear.in_features,
+        model.family.n_components,
         likelihood.least_noise(noise_floor),
         generator,
     )
@@ -140,12 +142,14 @@ def initialise(
         if observed is not None:
             deviation *= likelihood.per_feature(observed)
         model.input_scale.copy_((_LARGEST_INPUT / deviation.amax(0)).clamp_max(1.0))
-        _fill_encoder(model, start)
         bias, loadings = likelihood.start(known)
-        model.decoder.linear.bias.copy_(bias)
-        model.decoder.linear.weight.copy_(loadings)
-        for network in (model.encoder, model.decoder):
-            _fill_correction(network, generator)
+        if isinstance(model.encoder, ResidualMLP):
+            _fill_encoder(model, model.encoder.linear, start)
+            _fill_correction(model.encoder, generator)
+        if isinstance(model.decoder, ResidualMLP):
+            model.decoder.linear.bias.copy_(bias)
+            model.decoder.linear.weight.copy_(loadings)
+            _fill_correction(model.decoder, generator)
         model.family.initialise(generator)
         _start_prior(model, x, observed, generator)
 
@@ -160,8 +164,7 @@ def _observed_moments(
     return mean, weight @ ((values - mean).square() * observed) / share, share
 
 
-def _fill_encoder(model: VAE, start: LinearStart) -> None:
-    linear = model.encoder.linear
+def _fill_encoder(model: VAE, linear: nn.Linear, start: LinearStart) -> None:
     n_components = start.encoder.shape[0]
     linear.weight.zero_()
     linear.bias.zero_()
