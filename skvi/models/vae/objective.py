@@ -71,12 +71,15 @@ def elbo_terms(
     codewise, entropy = exact_kl(model, q), q.entropy()
     reconstruction, E_log_prior, E_log_q = x.new_zeros(3, x.shape[0])
     for draws in row_slices(noise.shape[0], draws_per_block):
-        z, log_q = q.draw_with_density(noise[draws, None, :])  # (S, B, k), (S, B)
-        log_prob = model.likelihood.log_prob_observed(x, model.decode(z), observed)
-        reconstruction = reconstruction + log_prob.sum(0) / noise.shape[0]
-        if codewise is None:
+        eps = noise[draws, None, :]  # (S, 1, k)
+        if codewise is not None:
+            z = q.draw(eps)  # (S, B, k)
+        else:
+            z, log_q = q.draw_with_density(eps)  # (S, B, k), (S, B)
             E_log_prior = E_log_prior + law.log_prob(z).sum(0) / noise.shape[0]
             E_log_q = E_log_q + log_q.sum(0) / noise.shape[0]
+        log_prob = model.likelihood.log_prob_observed(x, model.decode(z), observed)
+        reconstruction = reconstruction + log_prob.sum(0) / noise.shape[0]
     if entropy is None:
         entropy = -E_log_q
     if codewise is None:
