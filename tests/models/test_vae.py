@@ -12,16 +12,10 @@ from sklearn.decomposition import FactorAnalysis
 from skvi.distributions import normal
 from skvi.models.vae import objective
 from skvi.models.vae.likelihoods import Block
-from skvi.models.vae.networks import (
-    Architecture,
-    bounded_log_var,
-    build,
-    export,
-    restore,
-    unbounded_log_var,
-)
+from skvi.models.vae.networks import Architecture, build, export, restore
+from skvi.models.vae.posteriors import bounded_log_var, unbounded_log_var
 from skvi.models.vae.start import factor_analysis, initialise
-from skvi.runtime.random import make_generator
+from skvi.runtime.random import make_generator, shared_noise
 
 # A two-sided normal deviate beyond 5 has probability 6e-7: the false-positive rate per check.
 Z_LIMIT = 5.0
@@ -52,7 +46,7 @@ def _model(n_features, n_components, hidden=(), likelihood="gaussian", seed=0, s
 
 
 def _noise(n_draws, n_components, seed=0):
-    return objective.shared_noise(n_draws, n_components, seed)
+    return shared_noise(n_draws, n_components, seed)
 
 
 def _bound(model, x, noise):
@@ -293,12 +287,12 @@ def test_the_loss_is_the_negative_bound(rng):
 
 @pytest.mark.parametrize("hidden", [(4,), ()])
 def test_the_groups_hold_every_parameter_once_and_shrink_those_that_bend(hidden):
-    model = _model(3, 2, hidden=hidden)
+    model = _model(3, 2, hidden=hidden).requires_grad_()
     groups = objective.parameter_groups(model, n_rows=50)
     together = [id(p) for group in groups for p in group["params"]]
     assert sorted(together) == sorted(id(p) for p in model.parameters())
     # One step of plain descent from a loss of gradient zero: W - lr * tau / N * W.
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = torch.optim.SGD(groups, lr=0.5)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -311,13 +305,13 @@ def test_the_groups_hold_every_parameter_once_and_shrink_those_that_bend(hidden)
 
 def test_shared_noise_is_antithetic_seeded_and_private():
     state = torch.get_rng_state()
-    noise = objective.shared_noise(33, 3, 5)
+    noise = shared_noise(33, 3, 5)
     assert noise.shape == (33, 3)
     assert torch.equal(noise[:16], -noise[17:])
-    assert torch.equal(noise, objective.shared_noise(33, 3, 5))
-    assert not torch.equal(noise, objective.shared_noise(33, 3, 6))
+    assert torch.equal(noise, shared_noise(33, 3, 5))
+    assert not torch.equal(noise, shared_noise(33, 3, 6))
     assert torch.equal(torch.get_rng_state(), state)
-    many = objective.shared_noise(1 << 14, 3, 5)
+    many = shared_noise(1 << 14, 3, 5)
     assert torch.allclose(many.T @ many / len(many), torch.eye(3).double(), atol=0.01)
 
 

@@ -4,10 +4,11 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skvi.models.vae.likelihoods import Marginals
-from skvi.models.vae.networks import VAE, ResidualMLP, unbounded_log_var
+from skvi.models.vae.networks import VAE, ResidualMLP
+from skvi.models.vae.posteriors import unbounded_log_var
 
 # Enough for a linear start; more rows cost time and add nothing that training would not find.
 _MAX_ROWS = 4096
@@ -100,6 +101,8 @@ def initialise(
 ) -> None:
     """Fill `model` in place: linear parts from factor analysis, corrections at zero.
 
+    Custom networks keep the values that they came with.
+
     Parameters
     ----------
     model : VAE
@@ -128,7 +131,7 @@ def initialise(
     centred = (features - shift) * seen / share.sqrt()
     start = factor_analysis(
         centred * weight.sqrt()[:, None],
-        model.decoder.linear.in_features,
+        model.family.n_components,
         likelihood.least_noise(noise_floor),
         generator,
     )
@@ -139,12 +142,16 @@ def initialise(
         if observed is not None:
             deviation *= likelihood.per_feature(observed)
         model.input_scale.copy_((_LARGEST_INPUT / deviation.amax(0)).clamp_max(1.0))
-        _fill_encoder(model, start)
         bias, loadings = likelihood.start(known)
-        model.decoder.linear.bias.copy_(bias)
-        model.decoder.linear.weight.copy_(loadings)
-        for network in (model.encoder, model.decoder):
-            _fill_correction(network, generator)
+        if isinstance(model.encoder, ResidualMLP):
+            _fill_encoder(model, model.encoder.linear, start)
+            _fill_correction(model.encoder, generator)
+        if isinstance(model.decoder, ResidualMLP):
+            model.decoder.linear.bias.copy_(bias)
+            model.decoder.linear.weight.copy_(loadings)
+            _fill_correction(model.decoder, generator)
+        model.family.initialise(generator)
+        _start_prior(model, x, observed, generator)
 
 
 def _observed_moments(
@@ -157,13 +164,26 @@ def _observed_moments(
     return mean, weight @ ((values - mean).square() * observed) / share, share
 
 
-def _fill_encoder(model: VAE, start: LinearStart) -> None:
-    linear = model.encoder.linear
+def _fill_encoder(model: VAE, linear: nn.Linear, start: LinearStart) -> None:
     n_components = start.encoder.shape[0]
     linear.weight.zero_()
+    linear.bias.zero_()
     linear.weight[:n_components] = start.encoder / model.input_scale
-    linear.bias[:n_components] = 0.0
-    linear.bias[n_components:] = unbounded_log_var(start.log_var)
+    linear.bias[n_components : 2 * n_components] = unbounded_log_var(start.log_var)
+    model.family.start(linear)
+
+
+def _start_prior(
+    model: VAE, x: Tensor, observed: Tensor | None, generator: torch.Generator
+) -> None:
+    """Give the prior what the encoder reads of some rows, each at most once if there are enough."""
+    n_wanted = model.prior.n_prior_components
+    if n_wanted == 0:
+        return
+    order = torch.randperm(len(x), generator=generator, device=x.device)
+    rows = order.repeat(math.ceil(n_wanted / len(x)))[:n_wanted]
+    inputs = model.inputs(x[rows], None if observed is None else observed[rows])
+    model.prior.initialise(inputs, model.encoder(inputs)[:, : model.family.n_components])
 
 
 def _fill_correction(network: ResidualMLP, generator: torch.Generator) -> None:
