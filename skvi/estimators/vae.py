@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_array, check_is_fitted
@@ -26,8 +27,10 @@ from skvi.estimators._base import (
     without_weightless,
 )
 from skvi.estimators._columns import (
+    by_rows,
     check_observed,
     check_support,
+    extremes,
     fitted_units,
     requested_blocks,
     standardised_columns,
@@ -46,6 +49,7 @@ from skvi.inference.gradient import (
     export_state,
 )
 from skvi.inference.monitor import Status, announce_epoch
+from skvi.models.linear.sparse import canonical
 from skvi.models.terms import ElboTerms
 from skvi.models.vae import objective, start
 from skvi.models.vae.likelihoods import LIKELIHOODS, Block
@@ -95,6 +99,9 @@ _LEARNED = ("noise_std", "noise_floor", "dof", "dispersion")
 _LEARNED_PRIORS = ("mixture", "vamp")
 # Rows further out than this, in units of the spread, have squares outside the dtype's range.
 _REACH = {torch.float32: 1e12, torch.float64: 1e100}
+
+# What the door lets in besides finite dense numbers.
+_ACCEPTED: dict[str, Any] = {"accept_sparse": "csr", "ensure_all_finite": "allow-nan"}
 
 # Maps row indices (B,) to the rows, (B, D), and to the mask of their observed cells, if any miss.
 _Reader = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -313,6 +320,10 @@ class VAETransformer(
     With these priors, and with "flow", the KL is an average over the draws of the score,
     unbiased, and may come out below zero for a row. Means and standard deviations of a flow's codes
     are those of 256 fixed draws.
+    A scipy.sparse X gives what the same dense X gives. Every method that takes rows takes it, but
+    `impute`, whose answer is dense; cells without an entry are zeros, entries may be NaN. Rows are
+    made dense batch by batch whenever they are visited, so that memory grows with the entries and
+    not with the cells, at the price of a conversion in each epoch.
     Networks train in float32 unless `precision` says otherwise; a float64 X is scored and
     transformed in float64, a float32 X in float32.
 
@@ -448,8 +459,9 @@ class VAETransformer(
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
-            Numbers, or NaN for cells that are missing; at least two rows of positive weight.
+        X : array-like or sparse matrix of shape (n_samples, n_features)
+            Numbers, or NaN for cells that are missing; at least two rows of positive weight. Sparse
+            rows (CSR; other formats are converted) are never made dense all at once: see Notes.
         y : Ignored
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
@@ -475,9 +487,9 @@ class VAETransformer(
             if features sit on the noise floor; and if no code is in use (see `active_units_`).
         """
         with self._all_or_nothing():
-            door = self._door(X, reset=True, ensure_min_samples=2, ensure_all_finite="allow-nan")
+            door = self._door(X, reset=True, ensure_min_samples=2, **_ACCEPTED)
             weight = self._weights(sample_weight, door.X)
-            X, weight = without_weightless(weight, door.X)
+            X, weight = without_weightless(weight, _canonical(door.X))
             model = self._model if self.warm_start and hasattr(self, "_model") else None
             n_validation = self._n_validation(X.shape[0])
             n_train = X.shape[0] - n_validation
@@ -531,7 +543,7 @@ class VAETransformer(
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
             At least two rows in the first call.
         y : Ignored
             Present for API consistency.
@@ -550,11 +562,9 @@ class VAETransformer(
         with self._all_or_nothing():
             model = getattr(self, "_model", None)
             n_least = 2 if model is None else 1
-            door = self._door(
-                X, reset=model is None, ensure_min_samples=n_least, ensure_all_finite="allow-nan"
-            )
+            door = self._door(X, reset=model is None, ensure_min_samples=n_least, **_ACCEPTED)
             weight = self._weights(sample_weight, door.X)
-            X, weight = without_weightless(weight, door.X)
+            X, weight = without_weightless(weight, _canonical(door.X))
             history = [] if model is None else self.elbo_history_
             n_before = 0 if model is None else self.n_samples_seen_
             self._train(
@@ -607,8 +617,6 @@ class VAETransformer(
         dtype = torch.float64 if self.precision == "float64" else torch.float32
         self._check_reach(X, architecture.blocks, affine, dtype)
 
-        x, observed = split_missing(_resident(X, affine, device, dtype))
-
         # Of the same X, a warm start holds the same rows out: they are never trained on.
         generator = make_generator(_derive_seed(seed, 0), device)
         order = torch.randperm(X.shape[0], generator=generator, device=device)
@@ -618,11 +626,18 @@ class VAETransformer(
             w[part] = _of_mean_one(w[part])
         if model is not None:
             generator = make_generator(_derive_seed(seed, n_epochs_before), device)
-        cells = self._reader(x, observed, generator)
+        zero = None
+        if issparse(X):
+            cells = _read_sparse(X, affine, device, dtype)
+            zero = torch.from_numpy((0.0 - affine.shift) / affine.scale).to(device, dtype)
+        else:
+            resident = split_missing(_resident(X, affine, device, dtype))
+            cells = self._reader(*resident, generator)
         if model is None:
             net = build(architecture, device, dtype)
             noise_floor = torch.from_numpy(floor).to(device)
-            start.initialise(net, *cells(rows), w[rows], noise_floor, generator)
+            training = start.TrainingRows(len(rows), lambda i: cells(rows[i]), device, zero)
+            start.initialise(net, training, w[rows], noise_floor, generator)
         else:
             net = model.on(device, dtype)
         w = w.to(dtype)
@@ -646,7 +661,7 @@ class VAETransformer(
             n_steps += 1
             rise = min(1.0, n_steps / (self.kl_warmup * n_batches + 1))
             several = (n_importance,) if n_importance > 1 else ()
-            noise = x.new_empty(*several, len(batch), architecture.n_components)
+            noise = w.new_empty(*several, len(batch), architecture.n_components)
             noise.normal_(generator=generator)
             return objective.training_loss(
                 net,
@@ -658,7 +673,7 @@ class VAETransformer(
             )
 
         total = float(weight.sum())
-        per_row = -weighted_mean(np.broadcast_to(_log_scale(X, affine), len(X)), weight)
+        per_row = -weighted_mean(np.broadcast_to(_log_scale(X, affine), X.shape[0]), weight)
 
         def report(epoch: int, bound: float, validation: float | None) -> None:
             validation = None if validation is None else validation + per_row
@@ -666,7 +681,7 @@ class VAETransformer(
             announce_epoch(name, epoch, bound + per_row, validation, verbose=self.verbose)
 
         n_draws = math.ceil(_VALIDATION_DRAWS / n_importance) * n_importance
-        noise = shared_noise(n_draws, architecture.n_components, seed).to(x)
+        noise = shared_noise(n_draws, architecture.n_components, seed).to(w)
         noise = noise.reshape(-1, n_importance, architecture.n_components)
 
         def validate() -> Tensor:
@@ -957,7 +972,7 @@ class VAETransformer(
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         return_std : bool, default=False
             Whether to return the posterior standard deviations as well.
 
@@ -1011,7 +1026,7 @@ class VAETransformer(
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
 
         Returns
         -------
@@ -1026,7 +1041,7 @@ class VAETransformer(
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         refine : int, default=0
             Steps of optimisation of each row's posterior; see :meth:`score_samples`.
 
@@ -1096,7 +1111,7 @@ class VAETransformer(
         """
         check_is_fitted(self)
         n_importance = check_count(n_importance, "n_importance")
-        X, device = self._checked(X)
+        X, device = self._checked(X, accept_sparse=False)
 
         def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor, ...]:
             noise = self._model.noise(n_importance, x)
@@ -1159,7 +1174,7 @@ class VAETransformer(
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         refine : int, default=0
             Steps of gradient ascent that every row's posterior makes from the encoder's answer
             (Kim et al. 2018), by 16 draws other than those of the score. The better of before and
@@ -1184,7 +1199,7 @@ class VAETransformer(
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         refine : int, default=100
             Steps of optimisation; at least 1.
 
@@ -1203,7 +1218,7 @@ class VAETransformer(
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         y : Ignored
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
@@ -1222,7 +1237,7 @@ class VAETransformer(
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         refine : int, default=0
             Steps of optimisation of each row's posterior; see :meth:`score_samples`.
 
@@ -1250,7 +1265,7 @@ class VAETransformer(
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
+        X : array-like or sparse matrix of shape (n_samples, n_features)
         n_importance : int, default=1000
             K. Time grows with it, memory does not.
 
@@ -1273,20 +1288,21 @@ class VAETransformer(
 
     # -- the way to the network and back ----------------------------------------------------------
 
-    def _checked(self, X: Any) -> tuple[np.ndarray, torch.device]:
-        """Validate rows for a fitted network."""
-        door = self._door(X, reset=False, ensure_all_finite="allow-nan")
-        blocks = self._model.architecture.blocks
-        check_support(door.X, blocks, self._names())
-        self._check_reach(door.X, blocks, self._model.affine, _torch_dtype(door.X))
-        return door.X, door.device
+    def _checked(self, X: Any, **check_params: Any) -> tuple[Any, torch.device]:
+        """Validate rows for a fitted network: an array, or sparse rows if X is sparse."""
+        door = self._door(X, reset=False, **_ACCEPTED | check_params)
+        X, blocks = _canonical(door.X), self._model.architecture.blocks
+        check_support(X, blocks, self._names())
+        self._check_reach(X, blocks, self._model.affine, _torch_dtype(X))
+        return X, door.device
 
     def _check_reach(
         self, X: np.ndarray, blocks: tuple[Block, ...], affine: Affine, dtype: torch.dtype
     ) -> None:
         """Raise if a real column is so far out that its squares leave the range of `dtype`."""
         with np.errstate(over="ignore"):
-            above, below = np.fmax.reduce(X) - affine.shift, affine.shift - np.fmin.reduce(X)
+            low, high = extremes(X)
+            above, below = high - affine.shift, affine.shift - low
             far = np.maximum(above, below) / affine.scale
         far[np.isnan(far)] = 0.0  # no cell of this column is observed
         far[~standardised_columns(blocks, X.shape[1])] = 0.0
@@ -1317,7 +1333,7 @@ class VAETransformer(
         """Apply `function` to blocks of rows in fitted units and masks; concatenate the results."""
         dtype = _torch_dtype(X)
         net = self._model.on(device, dtype)
-        rows = Rows(X, self._model.affine, device)
+        rows = Rows(by_rows(X), self._model.affine, device)
         with torch.no_grad():
             parts = [
                 [value.cpu().numpy() for value in function(net, *split_missing(x.to(dtype)))]
@@ -1396,6 +1412,7 @@ class VAETransformer(
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.allow_nan = True
+        tags.input_tags.sparse = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
@@ -1411,7 +1428,10 @@ def _described(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def _digest(array: np.ndarray) -> str:
+def _digest(array: Any) -> str:
+    if issparse(array):
+        parts = array.data, array.indices, array.indptr
+        return " ".join([f"sparse {array.shape}", *(_digest(part) for part in parts)])
     digest = hashlib.sha256(f"{array.shape} {array.dtype.str}".encode())
     for rows in row_slices(len(array), 1024) if array.ndim else [()]:
         digest.update(np.ascontiguousarray(array[rows]).tobytes())
@@ -1423,8 +1443,18 @@ def _derive_seed(seed: int, n_epochs: int) -> int:
     return int(np.random.SeedSequence([seed, n_epochs]).generate_state(1)[0])
 
 
-def _log_scale(X: np.ndarray, affine: Affine) -> np.ndarray | float:
+def _canonical(X: Any) -> Any:
+    """Return X; if it is sparse, with one entry a cell."""
+    return canonical(X) if issparse(X) else X
+
+
+def _log_scale(X: Any, affine: Affine) -> np.ndarray | float:
     """Return ``sum_j log scale_j`` over the observed cells of each row."""
+    if issparse(X):
+        entry = np.flatnonzero(np.isnan(X.data))
+        row = np.searchsorted(X.indptr, entry, side="right") - 1
+        lost = np.bincount(row, np.log(affine.scale)[X.indices[entry]], minlength=X.shape[0])
+        return affine.log_abs_det - lost
     missing = np.isnan(X)
     return ~missing @ np.log(affine.scale) if missing.any() else affine.log_abs_det
 
@@ -1435,6 +1465,18 @@ def _resident(X: np.ndarray, affine: Affine, device: torch.device, dtype: torch.
     for rows, block, _ in Rows(X, affine, torch.device("cpu")).blocks(X.shape[1]):
         x[rows] = block.to(device, dtype)
     return x
+
+
+def _read_sparse(X: Any, affine: Affine, device: torch.device, dtype: torch.dtype) -> _Reader:
+    """Return what reads rows of a sparse matrix: to the same bits as resident ones are."""
+    rows = Rows(by_rows(X), affine, torch.device("cpu"))
+    some_missing = bool(np.isnan(X.data).any())
+
+    def cells(batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = rows[batch.cpu().numpy()][0].to(device, dtype)
+        return split_missing(x) if some_missing else (x, None)
+
+    return cells
 
 
 def _of_mean_one(weight: Tensor) -> Tensor:

@@ -63,7 +63,10 @@ _WEIGHTS_AND_BATCHES = (
 def _expected_failures(estimator):
     if not isinstance(estimator, VAETransformer):
         return {}
-    return {"check_sample_weight_equivalence_on_dense_data": _WEIGHTS_AND_BATCHES}
+    return {
+        f"check_sample_weight_equivalence_on_{kind}_data": _WEIGHTS_AND_BATCHES
+        for kind in ("dense", "sparse")
+    }
 
 
 @parametrize_with_checks(

@@ -15,7 +15,7 @@ from skvi.models.vae.likelihoods import Block
 from skvi.models.vae.networks import Architecture, Custom, build
 from skvi.models.vae.posteriors import POSTERIORS, Diagonal, Flow, Full, unbounded_log_var
 from skvi.models.vae.priors import HALF_WIDTH, PRIORS, StandardNormal, squash, squashed_moments
-from skvi.models.vae.start import initialise
+from skvi.models.vae.start import TrainingRows, initialise
 from skvi.runtime.random import make_generator, shared_noise
 
 # A two-sided normal deviate beyond 5 has probability 6e-7: the false-positive rate per check.
@@ -153,7 +153,7 @@ def test_every_family_starts_as_the_diagonal_one(posterior, rng):
         blocks = (Block("gaussian", (0, 1, 2)),)
         architecture = Architecture(3, 2, (4,), "tanh", blocks, posterior=name)
         model = build(architecture, CPU, torch.float64)
-        initialise(model, x, None, torch.ones(50).double(), floor, make_generator(0))
+        initialise(model, TrainingRows.of(x), torch.ones(50).double(), floor, make_generator(0))
         return model.requires_grad_(False).posterior(x)
 
     plain, rich, eps = start("diag"), start(posterior), _normal_draws(50, 2)
@@ -228,7 +228,7 @@ def test_mixtures_start_at_training_rows_and_near_the_normal(rng):
         blocks = (Block("gaussian", (0, 1, 2)),)
         architecture = Architecture(3, 2, (4,), "tanh", blocks, prior, 40)
         model = build(architecture, CPU, torch.float64)
-        initialise(model, x, None, torch.ones(400).double(), floor, make_generator(0))
+        initialise(model, TrainingRows.of(x), torch.ones(400).double(), floor, make_generator(0))
         model.requires_grad_(False)
         mean, var = model.prior_law(x).moments()
         assert float(mean.abs().max()) < 0.5
