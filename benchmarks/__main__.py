@@ -1,16 +1,29 @@
-"""``python -m benchmarks gmm|linear|vae [--quick]``: tables on the screen and JSON beside them."""
+"""``python -m benchmarks gmm|linear|logistic|vae [--quick]``: tables on the screen, and as JSON."""
 
 import argparse
 import importlib
+from typing import Any
 
 from benchmarks.common import Report
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-parser.add_argument("name", choices=["gmm", "linear", "vae"])
+parser.add_argument("name", choices=["gmm", "linear", "logistic", "vae"])
 parser.add_argument("--quick", action="store_true", help="the small sizes only")
-parser.add_argument("--only", nargs="+", default=[], help="parts of the mixture's tables")
+parser.add_argument("--only", nargs="+", metavar="PART", help="gmm only: some of its tables")
+parser.add_argument(
+    "--budget",
+    type=float,
+    nargs="+",
+    metavar="MINUTES",
+    help="vae only: train on binarised MNIST for so long, beside the plain loop, and nothing else",
+)
 arguments = parser.parse_args()
+options: dict[str, Any] = {"quick": arguments.quick}
+for option, owner in (("only", "gmm"), ("budget", "vae")):
+    if getattr(arguments, option):
+        if arguments.name != owner:
+            parser.error(f"--{option} belongs to {owner}")
+        options[option] = getattr(arguments, option)
 report = Report(arguments.name)
-choice = {"only": arguments.only} if arguments.name == "gmm" else {}
-importlib.import_module(f"benchmarks.{arguments.name}").run(report, quick=arguments.quick, **choice)
+importlib.import_module(f"benchmarks.{arguments.name}").run(report, **options)
 report.save()

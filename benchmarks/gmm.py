@@ -644,7 +644,7 @@ def gpu(report: Report, n: int = 10_000_000, d: int = 64, k: int = 64) -> None:
     )
 
 
-def run(report: Report, *, quick: bool, only: list[str]) -> None:
+def run(report: Report, *, quick: bool, only: list[str] | None = None) -> None:
     cases = [("full", "float64"), ("diag", "float64"), ("tied", "float64")]
     cases += [("spherical", "float64"), ("full", "float32")]
     cells = [(5, 2, 200), (5, 8, 200), (20, 2, 200), (20, 8, 200), (5, 32, 800)]

@@ -55,10 +55,10 @@ def weighted_mean(values: np.ndarray, weight: np.ndarray) -> float:
     return float(weight @ values / weight.sum())
 
 
-def check_count(value: Any, name: str) -> int:
+def check_count(value: Any, name: str, least: int = 1) -> int:
     """Return an argument that counts something as an int, or raise a ValueError naming it."""
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
     return int(value)
 
 

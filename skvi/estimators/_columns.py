@@ -5,9 +5,11 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.sparse import issparse
+from sklearn.utils.sparsefuncs import min_max_axis
 
 from skvi.models.vae.likelihoods import LIKELIHOODS, Block
-from skvi.runtime.blocks import Affine, row_slices
+from skvi.runtime.blocks import Affine, Densified, row_slices
 from skvi.runtime.moments import weighted_moments, weighted_quantiles
 
 # A normal's noise is at least the range of its feature over this. Ranges, not standard
@@ -56,8 +58,24 @@ SUPPORTS: dict[str, _Support] = {
 }
 
 
-def first_outside(X: np.ndarray, support: str) -> int | None:
-    """Return the first column with a value outside a support, or None."""
+def by_rows(X: Any) -> np.ndarray | Densified:
+    """Return X as what can be read row by row."""
+    return Densified(X) if issparse(X) else X
+
+
+def extremes(X: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the least and the largest observed value of each column, (D,); NaN without any."""
+    if issparse(X):
+        return min_max_axis(X, axis=0, ignore_nan=True)
+    return np.fmin.reduce(X), np.fmax.reduce(X)
+
+
+def first_outside(X: Any, support: str) -> int | None:
+    """Return a column with a value outside a support, or None; the first of dense blocks."""
+    if issparse(X):
+        # Cells without an entry are zero, which every support contains.
+        outside = ~(SUPPORTS[support].contains(X.data) | np.isnan(X.data))
+        return int(X.indices[outside].min()) if outside.any() else None
     inside = np.ones(X.shape[1], dtype=bool)
     for rows in row_slices(X.shape[0], _ROWS_PER_CHECK):
         inside &= (SUPPORTS[support].contains(X[rows]) | np.isnan(X[rows])).all(axis=0)
@@ -69,7 +87,7 @@ def first_outside(X: np.ndarray, support: str) -> int | None:
 def requested_blocks(
     likelihood: str | Mapping[str, Any],
     noise_std: Any,
-    X: np.ndarray,
+    X: Any,
     names: np.ndarray | None,
     previous: tuple[Block, ...] | None = None,
 ) -> tuple[Block, ...]:
@@ -80,7 +98,7 @@ def requested_blocks(
     likelihood : str or mapping
         "auto", a name, or names with the columns that they explain.
     noise_std : None, float or array-like of shape (D,)
-    X : ndarray of shape (N, D)
+    X : ndarray or sparse matrix of shape (N, D)
         Only "auto" looks at its values.
     names : ndarray of shape (D,) or None
         Of the columns.
@@ -162,10 +180,13 @@ def _label(column: int, names: np.ndarray | None) -> str:
     return f"Column {column}" if names is None else f"Column {column} ({names[column]!r})"
 
 
-def with_levels(blocks: tuple[Block, ...], X: np.ndarray) -> tuple[Block, ...]:
+def with_levels(blocks: tuple[Block, ...], X: Any) -> tuple[Block, ...]:
     """Count the levels of categorical columns: one more than the largest code of each."""
+    if all(block.kind.support != "code" for block in blocks):
+        return blocks
+    _, high = extremes(X)
     return tuple(
-        block._replace(n_levels=tuple(int(np.nanmax(X[:, i])) + 1 for i in block.columns))
+        block._replace(n_levels=tuple(int(high[i]) + 1 for i in block.columns))
         if block.kind.support == "code"
         else block
         for block in blocks
@@ -177,9 +198,9 @@ def without_levels(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
     return tuple(block._replace(n_levels=()) for block in blocks)
 
 
-def check_observed(X: np.ndarray, names: np.ndarray | None) -> None:
+def check_observed(X: Any, names: np.ndarray | None) -> None:
     """Raise if a column has no value at all."""
-    empty = np.flatnonzero(np.isnan(np.fmax.reduce(X)))
+    empty = np.flatnonzero(np.isnan(extremes(X)[1]))
     if empty.size:
         raise ValueError(
             f"{_label(empty[0], names)} of X has no observed value: all its cells (of rows with "
@@ -187,12 +208,12 @@ def check_observed(X: np.ndarray, names: np.ndarray | None) -> None:
         )
 
 
-def check_support(X: np.ndarray, blocks: tuple[Block, ...], names: np.ndarray | None) -> None:
+def check_support(X: Any, blocks: tuple[Block, ...], names: np.ndarray | None) -> None:
     """Raise if a column has values that its likelihood cannot explain."""
     for block in blocks:
         if block.kind.support == "real":
             continue
-        part = X if len(blocks) == 1 else X[:, block.columns]
+        part = X if len(blocks) == 1 else X[:, list(block.columns)]
         outside = first_outside(part, block.kind.support)
         if outside is not None:
             support = SUPPORTS[block.kind.support]
@@ -200,8 +221,10 @@ def check_support(X: np.ndarray, blocks: tuple[Block, ...], names: np.ndarray | 
                 f"{_label(block.columns[outside], names)} of X has values {support.wrong}, which "
                 f'the "{block.name}" likelihood cannot explain. {support.remedy}'
             )
-        for column, n_levels in zip(block.columns, block.n_levels, strict=bool(block.n_levels)):
-            largest = np.fmax.reduce(X[:, column])
+        if not block.n_levels:
+            continue
+        _, high = extremes(part)
+        for column, n_levels, largest in zip(block.columns, block.n_levels, high, strict=True):
             if largest >= n_levels:
                 raise ValueError(
                     f"{_label(column, names)} of X has the code {largest:g}, but the fit saw "
@@ -218,7 +241,7 @@ def standardised_columns(blocks: tuple[Block, ...], n_features: int) -> np.ndarr
 
 
 def fitted_units(
-    X: np.ndarray, weight: np.ndarray, blocks: tuple[Block, ...]
+    X: Any, weight: np.ndarray, blocks: tuple[Block, ...]
 ) -> tuple[Affine, np.ndarray]:
     """Return the units of training, and lower limits of noise variances in them.
 
@@ -232,23 +255,23 @@ def fitted_units(
         The variance itself where `noise_std` fixes it; 1 for constant columns.
     """
     n_features = X.shape[1]
-    mean, std = weighted_moments(X, weight)
+    mean, std = weighted_moments(by_rows(X), weight)
     shift, scale = np.zeros(n_features), np.ones(n_features)
-    high, low = np.fmax.reduce(X).astype(np.float64), np.fmin.reduce(X).astype(np.float64)
+    low, high = (extreme.astype(np.float64) for extreme in extremes(X))
     spread = 0.5 * high - 0.5 * low > 0
     standardised = standardised_columns(blocks, n_features)
     shift[standardised] = mean[standardised]
     scale[standardised & spread] = std[standardised & spread]
     scale[scale == 0] = 1.0
     width = high - low
-    for block in blocks:
-        if block.name != "student_t":
-            continue
+    robust = [block for block in blocks if block.name == "student_t"]
+    columns_of = X.tocsc() if robust and issparse(X) else X
+    for block in robust:
         for column in block.columns:
-            seen = ~np.isnan(X[:, column])
-            lower, middle, upper = weighted_quantiles(
-                X[seen, column], weight[seen], (0.25, 0.5, 0.75)
-            )
+            values = columns_of[:, [column]]
+            values = (values.toarray() if issparse(values) else values)[:, 0]
+            seen = ~np.isnan(values)
+            lower, middle, upper = weighted_quantiles(values[seen], weight[seen], (0.25, 0.5, 0.75))
             if upper > lower:
                 shift[column], scale[column] = middle, (upper - lower) / _QUARTILE_RANGE
                 width[column] = _RANGE_OF_THE_BULK * scale[column]

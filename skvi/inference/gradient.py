@@ -15,6 +15,9 @@ from skvi.inference.monitor import Status
 # weight; the bound carries no gradient.
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 
+# What a run needs to go on, as arrays.
+State = dict[str, np.ndarray]
+
 _MAX_HALVINGS = 5
 # A restart from the last good state loses about this many steps at most.
 _SNAPSHOT_STEPS = 100
@@ -61,15 +64,21 @@ class Descent(NamedTuple):
 
 
 def adam(
-    parameters: Sequence[Tensor], learning_rate: float, state: list[dict[str, Any]] | None = None
+    parameters: Sequence[Tensor] | Sequence[dict[str, Any]],
+    learning_rate: float,
+    state: list[dict[str, Any]] | None = None,
 ) -> torch.optim.Adam:
-    """Return a fused Adam over `parameters`, going on from an exported `state` if there is one."""
+    """Return a fused Adam over `parameters`, going on from an exported `state` if there is one.
+
+    `parameters` may be groups of them, as torch's optimisers take them.
+    """
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     if state:
+        flat = [p for group in optimizer.param_groups for p in group["params"]]
         tensors = {
             # Copies: Adam updates its moments in place, and `state` may be memory-mapped.
             i: {name: torch.tensor(value, device=p.device) for name, value in entry.items()}
-            for i, (p, entry) in enumerate(zip(parameters, state, strict=True))
+            for i, (p, entry) in enumerate(zip(flat, state, strict=True))
         }
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": tensors, "param_groups": groups})
@@ -86,20 +95,93 @@ def export_state(optimizer: torch.optim.Optimizer) -> list[dict[str, np.ndarray]
 
 
 class _Snapshot:
-    """A copy of the parameters and, for a restart, of the optimiser."""
+    """A copy of the parameters and of the optimiser's moments."""
 
-    def __init__(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
-        self.values = [p.detach().clone() for p in parameters]
-        self.optimizer_state = copy.deepcopy(optimizer.state_dict()["state"])
+    def __init__(self, values: list[Tensor], moments: dict[int, dict[str, Tensor]]) -> None:
+        self.values = values
+        self.moments = moments
+
+    @classmethod
+    def take(cls, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> "_Snapshot":
+        values = [p.detach().clone() for p in parameters]
+        return cls(values, copy.deepcopy(optimizer.state_dict()["state"]))
 
     def restore(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
         with torch.no_grad():
             for p, value in zip(parameters, self.values, strict=True):
                 p.copy_(value)
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(
-            {"state": copy.deepcopy(self.optimizer_state), "param_groups": groups}
-        )
+        optimizer.load_state_dict({"state": copy.deepcopy(self.moments), "param_groups": groups})
+
+
+class _Progress:
+    """Where a run is after an epoch: with the parameters, all that decides what follows."""
+
+    def __init__(self, start: _Snapshot, bound: float) -> None:
+        self.history: list[float] = []
+        self.validation: list[float] = []
+        self.start_bound = bound  # of the held-out rows; the start is a candidate for the best
+        self.halvings = 0
+        self.good_epochs = 0
+        self.best = self.good_best = self.last_good = start
+
+    @property
+    def candidates(self) -> list[float]:
+        """The validated bounds, the start's first."""
+        return [self.start_bound, *self.validation]
+
+    def export(self, current: _Snapshot, generator: torch.Generator) -> State:
+        state: State = {
+            "history": np.array(self.history),
+            "validation": np.array(self.validation),
+            "start_bound": np.array(self.start_bound),
+            "counts": np.array([self.halvings, self.good_epochs]),
+            "generator": generator.get_state().numpy().copy(),
+        }
+        roles = [current, self.best, self.good_best, self.last_good]
+        distinct = list({id(snapshot): snapshot for snapshot in roles}.values())
+        state["roles"] = np.array([distinct.index(snapshot) for snapshot in roles])
+        for n, snapshot in enumerate(distinct):
+            for i, value in enumerate(snapshot.values):
+                state[f"snapshot/{n}/{i}"] = value.cpu().numpy().copy()
+                for name, moment in snapshot.moments.get(i, {}).items():
+                    state[f"snapshot/{n}/{i}/{name}"] = moment.cpu().numpy().copy()
+        return state
+
+    @classmethod
+    def resume(
+        cls,
+        state: State,
+        parameters: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+    ) -> "_Progress":
+        """Return what was exported; the parameters, the optimiser and the generator follow it."""
+
+        def snapshot(n: int) -> _Snapshot:
+            values = [
+                torch.tensor(state[f"snapshot/{n}/{i}"], device=p.device)
+                for i, p in enumerate(parameters)
+            ]
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key, value in state.items():
+                prefix, *place = key.split("/")
+                if prefix == "snapshot" and len(place) == 3 and int(place[0]) == n:
+                    of = moments.setdefault(int(place[1]), {})
+                    of[place[2]] = torch.tensor(value, device=parameters[0].device)
+            return _Snapshot(values, moments)
+
+        roles = state["roles"].tolist()
+        distinct = [snapshot(n) for n in range(max(roles) + 1)]
+        current, best, good_best, last_good = (distinct[n] for n in roles)
+        progress = cls(best, float(state["start_bound"]))
+        progress.good_best, progress.last_good = good_best, last_good
+        progress.history = state["history"].tolist()
+        progress.validation = state["validation"].tolist()
+        progress.halvings, progress.good_epochs = state["counts"].tolist()
+        current.restore(parameters, optimizer)
+        generator.set_state(torch.from_numpy(state["generator"].copy()))
+        return progress
 
 
 class Patience(NamedTuple):
@@ -117,10 +199,12 @@ class Patience(NamedTuple):
     window: int
     tol: float
 
-    def exhausted(self, validation_history: Sequence[float]) -> bool:
-        """Whether validation has not improved for `window` epochs."""
-        n_epochs = len(validation_history)
-        return n_epochs > 0 and n_epochs - 1 - int(np.argmax(validation_history)) >= self.window
+    def exhausted(self, bounds: Sequence[float]) -> bool:
+        """Whether the last `window` validated bounds are below an earlier one.
+
+        `bounds` begins with that of the start.
+        """
+        return len(bounds) - 1 - int(np.argmax(bounds)) >= self.window
 
     def settled(self, history: Sequence[float]) -> bool:
         """Whether the running bound has become flat."""
@@ -144,6 +228,8 @@ def descend(
     patience: Patience,
     validate: Callable[[], Tensor] | None = None,
     report: Callable[[int, float, float | None], None] = lambda *_: None,
+    state: State | None = None,
+    save: Callable[[Callable[[], State]], None] = lambda _: None,
 ) -> Descent:
     """Run epochs of shuffled minibatches until patience ends or `n_epochs` are made.
 
@@ -156,7 +242,8 @@ def descend(
     objective : callable
         Index tensor (B,) -> (loss, bound).
     parameters : sequence of Tensor
-        Leaves; changed in place. With `validate`, they end at the best validated values.
+        Leaves, in the order in which `optimizer` holds them; changed in place. With `validate`,
+        they end at the best validated values, those of the start included.
     optimizer : torch.optim.Optimizer
         Over `parameters`; its learning rate is the initial one.
     rows : Tensor of int64, shape (N,)
@@ -170,9 +257,15 @@ def descend(
         On the device of `rows`.
     patience : Patience
     validate : callable, optional
-        Returns a scalar tensor, higher is better; called once per epoch, without gradient.
+        Returns a scalar tensor, higher is better; called at the start and after every epoch,
+        without gradient.
     report : callable, optional
         Called with (epoch, bound, validation bound) after every epoch.
+    state : dict of ndarray, optional
+        What `save` was given by a run with the same arguments: this run goes on from there, to
+        the same bits on the same machine.
+    save : callable, optional
+        Called after every epoch with a function that returns the state of the run.
 
     Returns
     -------
@@ -180,18 +273,28 @@ def descend(
     """
     base_rate = [group["lr"] for group in optimizer.param_groups]
     n_batches = math.ceil(len(rows) / batch_size)
-    halvings = 0
-    history: list[float] = []
-    validation: list[float] = []
-    best = good_best = last_good = _Snapshot(parameters, optimizer)
-    good_epochs = 0
-    while len(history) < n_epochs:
+    if state is None:
+        progress = _Progress(_Snapshot.take(parameters, optimizer), -math.inf)
+        if validate is not None:
+            with torch.no_grad():
+                bound_at_start = float(validate())
+            if math.isfinite(bound_at_start):
+                progress.start_bound = bound_at_start
+    else:
+        progress = _Progress.resume(state, parameters, optimizer, generator)
+    history, validation = progress.history, progress.validation
+
+    def export() -> State:
+        return progress.export(_Snapshot.take(parameters, optimizer), generator)
+
+    exhausted = validate is not None and patience.exhausted(progress.candidates)
+    while len(history) < n_epochs and not exhausted:
         total = rows.new_zeros((), dtype=parameters[0].dtype)
         shuffled = rows[torch.randperm(len(rows), generator=generator, device=rows.device)]
         for i, batch in enumerate(shuffled.tensor_split(n_batches)):
             factor = schedule.factor(len(history) * n_batches + i, n_epochs * n_batches)
             for group, rate in zip(optimizer.param_groups, base_rate, strict=True):
-                group["lr"] = rate * factor * 0.5**halvings
+                group["lr"] = rate * factor * 0.5**progress.halvings
             optimizer.zero_grad(set_to_none=True)
             loss, bound = objective(batch)
             loss.backward()
@@ -204,29 +307,30 @@ def descend(
             read = torch.stack([total / n_batches, validated]).tolist()
 
         if not all(math.isfinite(value) for value in read):
-            last_good.restore(parameters, optimizer)
-            best = good_best
-            del history[good_epochs:], validation[good_epochs:]
-            halvings += 1
-            if halvings > _MAX_HALVINGS:
+            progress.last_good.restore(parameters, optimizer)
+            progress.best = progress.good_best
+            del history[progress.good_epochs :], validation[progress.good_epochs :]
+            progress.halvings += 1
+            if progress.halvings > _MAX_HALVINGS:
                 return Descent(history, validation, Status.NON_FINITE)
             continue
         history.append(read[0])
         if validate is not None:
+            if read[1] > max(progress.candidates):
+                progress.best = _Snapshot.take(parameters, optimizer)
             validation.append(read[1])
-            if validation[-1] > max(validation[:-1], default=-math.inf):
-                best = _Snapshot(parameters, optimizer)
+            exhausted = patience.exhausted(progress.candidates)
+        if (len(history) - progress.good_epochs) * n_batches >= _SNAPSHOT_STEPS:
+            progress.last_good = _Snapshot.take(parameters, optimizer)
+            progress.good_epochs = len(history)
+            progress.good_best = progress.best
+        save(export)
         report(len(history), read[0], read[1] if validate is not None else None)
-        if (len(history) - good_epochs) * n_batches >= _SNAPSHOT_STEPS:
-            last_good, good_epochs = _Snapshot(parameters, optimizer), len(history)
-            good_best = best
-        if patience.exhausted(validation):
-            break
     for group, rate in zip(optimizer.param_groups, base_rate, strict=True):
         group["lr"] = rate
-    if validation:
-        best.restore(parameters, optimizer)
-        converged = patience.exhausted(validation)
+    if validate is not None:
+        progress.best.restore(parameters, optimizer)
+        converged = exhausted
     else:
         converged = patience.settled(history)
     return Descent(history, validation, Status.CONVERGED if converged else Status.MAX_ITER)

@@ -73,6 +73,29 @@ class Workspace:
         return flat[: rows * columns].view(rows, columns)
 
 
+class Densified:
+    """Rows of a sparse matrix that are made dense when they are read, and never all of them.
+
+    Parameters
+    ----------
+    X : scipy sparse matrix or array of shape (N, D) in CSR format
+    """
+
+    def __init__(self, X: Any) -> None:
+        self._X = X
+        self.shape: tuple[int, int] = X.shape
+        self.dtype: np.dtype[Any] = X.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of cells."""
+        return self.shape[0] * self.shape[1]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Return the rows (B, D) of a slice or an index."""
+        return self._X[rows].toarray()
+
+
 class Rows:
     """Rows of a NumPy array, read block by block as float64 tensors in fitted units.
 
@@ -81,8 +104,9 @@ class Rows:
 
     Parameters
     ----------
-    X : ndarray of shape (N, D)
-        Any float dtype; may be read-only or memory-mapped.
+    X : ndarray or Densified of shape (N, D)
+        Any float dtype; may be read-only or memory-mapped. Those of a sparse matrix are converted
+        whenever they are read, on every device.
     affine : Affine
         Applied to each block in float64.
     device : torch.device
@@ -103,7 +127,7 @@ class Rows:
 
     def __init__(
         self,
-        X: np.ndarray,
+        X: np.ndarray | Densified,
         affine: Affine,
         device: torch.device,
         weight: np.ndarray | None = None,
@@ -116,7 +140,9 @@ class Rows:
         self._X = X
         self._affine = affine
         self._weight = np.broadcast_to(1.0, self.n_rows) if weight is None else weight
-        if device.type != "cpu":
+        if isinstance(X, Densified):
+            keep = None
+        elif device.type != "cpu":
             keep = keep or "rows"
         elif 8 * X.size > _RESIDENT_BYTES:
             keep = None

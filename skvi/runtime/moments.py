@@ -4,14 +4,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from skvi.runtime.blocks import power_of_two, row_slices
+from skvi.runtime.blocks import Densified, power_of_two, row_slices
 
 _BLOCK_FLOATS = 1 << 17
-_SAMPLE_ROWS = 1024
+_SAMPLE_ROWS, _SAMPLE_FLOATS = 1024, 1 << 20
 _MAX_REPEATS = 4
 
 
-def weighted_moments(X: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def weighted_moments(
+    X: np.ndarray | Densified, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the weighted mean and (biased) standard deviation of each column, in float64.
 
     One pass over row blocks for the range and, as a rule, one for both moments. Sums are taken
@@ -21,7 +23,7 @@ def weighted_moments(X: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.
 
     Parameters
     ----------
-    X : ndarray of shape (N, D)
+    X : ndarray or Densified of shape (N, D)
         Finite or NaN; any float dtype. NaN are left out; each column has another value.
     weight : ndarray of shape (N,)
         Non-negative, with a positive finite sum.
@@ -45,7 +47,8 @@ def weighted_moments(X: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.
     unit = power_of_two(0.5 * high - 0.5 * low)
     spread = high > low  # a constant column gets no spread from the rounding of its mean
 
-    sample = np.linspace(0, X.shape[0] - 1, min(X.shape[0], _SAMPLE_ROWS), dtype=np.intp)
+    n_sample = min(X.shape[0], _SAMPLE_ROWS, max(64, _SAMPLE_FLOATS // max(1, X.shape[1])))
+    sample = np.linspace(0, X.shape[0] - 1, n_sample, dtype=np.intp)
     mean = low + unit * np.nan_to_num((X[sample].astype(np.float64) - low) / unit).mean(axis=0)
     for _ in range(_MAX_REPEATS):
         first, second, share = np.zeros(X.shape[1]), np.zeros(X.shape[1]), np.zeros(X.shape[1])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 # Seeds are drawn below 2**31 so that every generator in the ecosystem accepts them.
 _SEED_BOUND = 2**31
@@ -48,3 +49,27 @@ def make_generator(seed: int, device: torch.device | str = "cpu") -> torch.Gener
 def make_rng(seed: int) -> np.random.Generator:
     """Return a private NumPy generator, for draws on the host."""
     return np.random.default_rng(seed)
+
+
+def shared_noise(n_draws: int, n_components: int, seed: int) -> Tensor:
+    """Return one block of standard normal draws that every row shares.
+
+    A scrambled Sobol sequence through the normal quantile, in antithetic pairs: each draw is
+    standard normal over seeds, so that averages are unbiased, and much less noisy than independent
+    draws. Because it is shared, a row's score does not depend on the rows beside it.
+
+    Parameters
+    ----------
+    n_draws, n_components : int
+        S and k.
+    seed : int
+
+    Returns
+    -------
+    Tensor of shape (S, k)
+        float64, on the CPU.
+    """
+    engine = torch.quasirandom.SobolEngine(n_components, scramble=True, seed=seed)
+    uniform = engine.draw((n_draws + 1) // 2, dtype=torch.float64)
+    half = torch.special.ndtri(uniform.clamp(1e-10, 1.0 - 1e-10))
+    return torch.cat([half, -half])[:n_draws]

@@ -17,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import estimator_checks
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from torch import nn
 
 from skvi import BayesianLinearVI, VAETransformer, VariationalGMM
 
@@ -46,6 +47,11 @@ AUTOENCODERS = [
     VAETransformer(**SMALL_VAE, noise_std=0.5),
     VAETransformer(**SMALL_VAE, likelihood="gaussian_heteroscedastic"),
     VAETransformer(**SMALL_VAE, likelihood="student_t"),
+    # Every prior, every posterior and importance weights once: their pairs are independent.
+    VAETransformer(**SMALL_VAE, prior="uniform", posterior_type="full"),
+    VAETransformer(**SMALL_VAE, prior="mixture", posterior_type="flow", n_prior_components=3),
+    VAETransformer(**SMALL_VAE, prior="vamp", n_prior_components=3, n_importance=3),
+    VAETransformer(**SMALL_VAE, encoder=nn.Linear, decoder=nn.Linear),
 ]
 ALL = [MIXTURES[0], LINEARS[0], AUTOENCODERS[0]]
 
@@ -57,7 +63,10 @@ _WEIGHTS_AND_BATCHES = (
 def _expected_failures(estimator):
     if not isinstance(estimator, VAETransformer):
         return {}
-    return {"check_sample_weight_equivalence_on_dense_data": _WEIGHTS_AND_BATCHES}
+    return {
+        f"check_sample_weight_equivalence_on_{kind}_data": _WEIGHTS_AND_BATCHES
+        for kind in ("dense", "sparse")
+    }
 
 
 @parametrize_with_checks(

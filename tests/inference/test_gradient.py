@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,7 +153,7 @@ def test_a_restart_forgets_the_best_of_the_epochs_that_it_takes_back():
         return loss, -loss.detach()
 
     # Epochs of 50 steps: the sixth fails and takes back the fifth, after the snapshot at step 200.
-    bounds = iter([5.0, 1.0, 2.0, 3.0, 10.0, 0.0, 1.5, 2.5, 3.5])
+    bounds = iter([-1.0, 5.0, 1.0, 2.0, 3.0, 10.0, 0.0, 1.5, 2.5, 3.5])
     parameter_at = {}
 
     def validate():
@@ -216,6 +217,79 @@ def test_an_exported_optimiser_continues_exactly():
     assert torch.equal(p, q)
     # whoever exported the state still has it
     assert exported == kept
+
+
+def test_the_start_is_a_candidate_for_the_best():
+    p = _parameter(1.0)
+    optimizer = adam([p], 0.01)
+    first = _descend(_least_squares(p, torch.full((50,), 5.0)), p, optimizer=optimizer, n_epochs=2)
+    assert first.history
+    start = float(p.detach())
+    moments = export_state(optimizer)
+    # Held-out rows would have p where it is: every epoch of training takes it away from there.
+    result = _descend(
+        _least_squares(p, torch.full((50,), 5.0)),
+        p,
+        optimizer=optimizer,
+        n_epochs=50,
+        patience=Patience(4, 0.0),
+        validate=lambda: -(p - start).square().sum(),
+    )
+    assert result.status is Status.CONVERGED
+    assert len(result.validation_history) == 4
+    assert max(result.validation_history) < 0.0
+    assert float(p.detach()) == start
+    assert export_state(optimizer) == moments
+
+
+def _failing_run(p, *, state=None, save=lambda _: None):
+    """Validated epochs of which one is spoilt by a NaN, so that every part of the state counts."""
+    y = torch.linspace(1.0, 3.0, 50)
+    optimizer = adam([p], 0.1)
+
+    def objective(batch):
+        # The rate of the optimiser tells the second attempt from the first.
+        first = optimizer.param_groups[0]["lr"] > 0.05
+        loss = (p - y[batch]).square().mean()
+        if first and float(p.detach()) > 1.4:
+            loss = loss * math.nan
+        return loss, -loss.detach()
+
+    return _descend(
+        objective,
+        p,
+        optimizer=optimizer,
+        batch_size=2,
+        n_epochs=14,
+        schedule=Schedule(3, anneal=False),
+        patience=Patience(100, 0.0),
+        validate=lambda: -(p - 1.5).square().sum(),
+        state=state,
+        save=save,
+    ), export_state(optimizer)
+
+
+def test_a_run_goes_on_from_any_saved_state_to_the_same_bits():
+    p = _parameter(-8.0)
+    states = []
+    expected, moments = _failing_run(p, save=lambda export: states.append(export()))
+    assert len(states) > len(expected.history) == 14  # epochs were taken back
+    assert len({int(state["counts"][0]) for state in states}) > 1
+    for state in states:
+        q = _parameter(123.0)
+        result, its_moments = _failing_run(q, state=state)
+        assert result == expected
+        assert torch.equal(p, q)
+        assert its_moments == moments
+
+
+def test_a_state_does_not_change_when_the_run_goes_on():
+    p = _parameter(-8.0)
+    states = []
+    _failing_run(p, save=lambda export: states.append((export(), copy.deepcopy(export()))))
+    for state, copied in states:
+        for name, value in copied.items():
+            np.testing.assert_array_equal(state[name], value)
 
 
 def test_the_schedule_warms_up_and_anneals_to_zero():

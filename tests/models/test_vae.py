@@ -10,18 +10,12 @@ from scipy import stats
 from sklearn.decomposition import FactorAnalysis
 
 from skvi.distributions import normal
-from skvi.models.vae import objective
+from skvi.models.vae import objective, start
 from skvi.models.vae.likelihoods import Block
-from skvi.models.vae.networks import (
-    Architecture,
-    bounded_log_var,
-    build,
-    export,
-    restore,
-    unbounded_log_var,
-)
-from skvi.models.vae.start import factor_analysis, initialise
-from skvi.runtime.random import make_generator
+from skvi.models.vae.networks import Architecture, build, export, restore
+from skvi.models.vae.posteriors import bounded_log_var, unbounded_log_var
+from skvi.models.vae.start import CentredEntries, TrainingRows, factor_analysis, initialise
+from skvi.runtime.random import make_generator, shared_noise
 
 # A two-sided normal deviate beyond 5 has probability 6e-7: the false-positive rate per check.
 Z_LIMIT = 5.0
@@ -52,7 +46,7 @@ def _model(n_features, n_components, hidden=(), likelihood="gaussian", seed=0, s
 
 
 def _noise(n_draws, n_components, seed=0):
-    return objective.shared_noise(n_draws, n_components, seed)
+    return shared_noise(n_draws, n_components, seed)
 
 
 def _bound(model, x, noise):
@@ -253,7 +247,7 @@ def test_weights_count_as_repeated_rows_in_the_loss(rng):
     x, noise = _x(rng, 4, 3), _x(rng, 4, 2)
     counts = torch.tensor([1, 3, 2, 4])
     weight = counts.double()
-    options = {"beta": 0.7, "n_rows": 10}
+    options = {"beta": 0.7}
     weighted = objective.training_loss(model, x, None, weight / weight.mean(), noise, **options)
     repeated = objective.training_loss(
         model,
@@ -273,35 +267,51 @@ def test_free_nats_cost_nothing_and_leave_the_bound_alone(rng):
     kl = normal.kl_standard(*model.posterior(x)).mean(0)
     free = float(kl.mean())  # between the two codes
     plain, freed = (
-        objective.training_loss(model, x, None, weight, eps, beta=2.0, free_bits=f, n_rows=9)
+        objective.training_loss(model, x, None, weight, eps, beta=2.0, free_bits=f)
         for f in (0.0, free)
     )
     assert float(freed[0] - plain[0]) == pytest.approx(2.0 * float(free - kl.min()), rel=1e-9)
     assert float(freed[1]) == float(plain[1])
 
 
-def test_the_loss_is_the_negative_bound_plus_the_prior_of_the_curvature(rng):
+def test_the_loss_is_the_negative_bound(rng):
     model = _model(3, 2, hidden=(4,))
     x, eps = _x(rng, 6, 3), _x(rng, 6, 2)
     loss, bound = objective.training_loss(
-        model, x, None, torch.ones(6, dtype=torch.float64), eps, beta=1.0, n_rows=50
+        model, x, None, torch.ones(6, dtype=torch.float64), eps, beta=1.0
     )
     rows = torch.cat([_bound(model, x[i : i + 1], eps[i : i + 1]) for i in range(6)])
     assert torch.allclose(bound, rows.mean(), rtol=1e-12)
-    curvature = sum(float(w.square().sum()) for w in model.curvature_weights())
-    penalty = 0.5 * objective.WEIGHT_PRECISION / 50 * curvature
-    assert float(loss + bound) == pytest.approx(penalty, rel=1e-9)
+    assert float(loss + bound) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("hidden", [(4,), ()])
+def test_the_groups_hold_every_parameter_once_and_shrink_those_that_bend(hidden):
+    model = _model(3, 2, hidden=hidden).requires_grad_()
+    groups = objective.parameter_groups(model, n_rows=50)
+    together = [id(p) for group in groups for p in group["params"]]
+    assert sorted(together) == sorted(id(p) for p in model.parameters())
+    # One step of plain descent from a loss of gradient zero: W - lr * tau / N * W.
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.SGD(groups, lr=0.5)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    bending = {id(p) for p in model.curvature_weights()}
+    for name, p in model.named_parameters():
+        factor = 1.0 - 0.5 * objective.WEIGHT_PRECISION / 50 if id(p) in bending else 1.0
+        torch.testing.assert_close(p.detach(), factor * before[name])
 
 
 def test_shared_noise_is_antithetic_seeded_and_private():
     state = torch.get_rng_state()
-    noise = objective.shared_noise(33, 3, 5)
+    noise = shared_noise(33, 3, 5)
     assert noise.shape == (33, 3)
     assert torch.equal(noise[:16], -noise[17:])
-    assert torch.equal(noise, objective.shared_noise(33, 3, 5))
-    assert not torch.equal(noise, objective.shared_noise(33, 3, 6))
+    assert torch.equal(noise, shared_noise(33, 3, 5))
+    assert not torch.equal(noise, shared_noise(33, 3, 6))
     assert torch.equal(torch.get_rng_state(), state)
-    many = objective.shared_noise(1 << 14, 3, 5)
+    many = shared_noise(1 << 14, 3, 5)
     assert torch.allclose(many.T @ many / len(many), torch.eye(3).double(), atol=0.01)
 
 
@@ -336,7 +346,7 @@ def test_the_start_survives_few_rows_and_many_components(n_rows, n_features, n_c
     model = build(Architecture(n_features, n_components, (4,), "relu", blocks), CPU, torch.float32)
     x = _x(rng, n_rows, n_features).float()
     floor = torch.full((n_features,), 1e-4, dtype=torch.float64)
-    initialise(model, x, None, torch.ones(n_rows).double(), floor, make_generator(0))
+    initialise(model, TrainingRows.of(x), torch.ones(n_rows).double(), floor, make_generator(0))
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -346,3 +356,80 @@ def test_weights_survive_the_way_to_numpy_and_back(rng):
     again = restore(architecture, export(model), CPU, torch.float64)
     x = _x(rng, 4, 3)
     assert torch.equal(_bound(model, x, _noise(4, 2)), _bound(again, x, _noise(4, 2)))
+
+
+# -- sparse rows ----------------------------------------------------------------------------------
+
+
+def _started(likelihood, rows, weight, n_features, prior="normal"):
+    blocks = (Block(likelihood, tuple(range(n_features))),)
+    n_prior = 3 if prior == "vamp" else 0
+    architecture = Architecture(n_features, 2, (3,), "tanh", blocks, prior, n_prior)
+    model = build(architecture, CPU, torch.float64)
+    floor = torch.full((n_features,), 1e-4, dtype=torch.float64)
+    initialise(model, rows, weight, floor, make_generator(0))
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("likelihood", ["poisson", "gaussian", "student_t", "bernoulli"])
+@pytest.mark.parametrize("by", ["triangle", "entries"])
+def test_sparse_rows_have_the_start_of_dense_ones(likelihood, by, missing, rng, monkeypatch):
+    monkeypatch.setattr(start, "_MAX_TRIANGLE", 1024 if by == "triangle" else 0)
+    monkeypatch.setattr(start, "block_rows", lambda *_: 7)
+    x = torch.from_numpy(rng.poisson(np.exp(rng.normal(-1.0, 1.0, size=(90, 1))), (90, 12)))
+    x = x.double().clamp_max(1.0 if likelihood == "bernoulli" else 50.0)
+    zero = torch.zeros(12, dtype=torch.float64)
+    if likelihood in {"gaussian", "student_t"}:
+        x[:, 3] += 1e5 + torch.from_numpy(rng.normal(size=90))  # a column of entries, far away
+        mean, std = x.mean(0), x.std(0)
+        x, zero = (x - mean) / std, -mean / std
+    observed = torch.from_numpy(rng.random((90, 12)) > 0.2) if missing else None
+    if missing:
+        x = torch.where(observed, x, 0.0)
+    weight = torch.linspace(0.5, 2.0, 90, dtype=torch.float64)
+    read = TrainingRows.of(x, observed).read
+    sizes = []
+
+    def counted(index):
+        sizes.append(len(index))
+        return read(index)
+
+    stored = []
+
+    def watched(rows, *args):
+        if isinstance(rows, CentredEntries):
+            stored.append(rows.entries.indices().shape[1])
+        return factor_analysis(rows, *args)
+
+    monkeypatch.setattr(start, "factor_analysis", watched)
+    dense = _started(likelihood, TrainingRows.of(x, observed), weight, 12, "vamp")
+    thin = _started(likelihood, TrainingRows(90, counted, CPU, zero), weight, 12, "vamp")
+    assert max(sizes) == 7
+    if by == "entries":
+        n_known = 0 if observed is None else int((~observed).sum())
+        n_full = 90 * int(((x != zero).double().mean(0) > 0.3).sum())
+        assert stored[0] <= int((x != zero).sum()) + n_known + n_full
+        assert stored[0] < 0.8 * x.numel()
+    assert thin.keys() == dense.keys()
+    for name, value in thin.items():
+        torch.testing.assert_close(value, dense[name], rtol=1e-7, atol=1e-9)
+
+
+def test_centred_entries_are_the_matrix_that_they_stand_for(rng):
+    root, offset = torch.from_numpy(rng.random(8)), torch.from_numpy(rng.normal(size=5))
+    entries = torch.from_numpy(rng.normal(size=(8, 5)) * (rng.random((8, 5)) < 0.3))
+    x = entries + root[:, None] * offset
+    thin = entries.to_sparse_coo().coalesce()
+    rows = CentredEntries(thin, thin.T.coalesce(), root, offset)
+    z, columns = (
+        torch.from_numpy(rng.normal(size=(8, 2))),
+        torch.from_numpy(rng.normal(size=(5, 3))),
+    )
+    torch.testing.assert_close(rows.times(columns), x @ columns)
+    torch.testing.assert_close(rows.cross(z), x.T @ z)
+    torch.testing.assert_close(rows.square_sums(), x.square().sum(0))
+    ours = factor_analysis(rows, 2, torch.full((5,), 1e-3).double(), make_generator(0))
+    theirs = factor_analysis(x, 2, torch.full((5,), 1e-3).double(), make_generator(0))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)

@@ -10,7 +10,7 @@ from scipy import stats
 
 from skvi.models.vae.likelihoods import LIKELIHOODS, Block, build_likelihood
 from skvi.models.vae.networks import Architecture, build
-from skvi.models.vae.start import initialise
+from skvi.models.vae.start import TrainingRows, initialise
 from skvi.runtime.random import make_generator
 
 Z_LIMIT = 5.0
@@ -50,7 +50,9 @@ def _started(blocks, x, n_components=2, hidden=(4,), dtype=torch.float64):
     n_features = x.shape[1]
     model = build(Architecture(n_features, n_components, hidden, "tanh", blocks), CPU, dtype)
     floor = torch.full((n_features,), 1e-3, dtype=torch.float64)
-    initialise(model, x.to(dtype), None, torch.ones(len(x)).double(), floor, make_generator(0))
+    initialise(
+        model, TrainingRows.of(x.to(dtype)), torch.ones(len(x)).double(), floor, make_generator(0)
+    )
     return model
 
 
@@ -172,7 +174,13 @@ def test_fixed_noise_has_no_parameter_and_is_the_floor():
     blocks = (Block("gaussian", (0, 1), (), (0.5, 2.0)),)
     model = build(Architecture(2, 1, (), "tanh", blocks), CPU, torch.float64)
     floor = _t([0.25, 4.0])
-    initialise(model, torch.eye(2).double(), None, torch.ones(2).double(), floor, make_generator(0))
+    initialise(
+        model,
+        TrainingRows.of(torch.eye(2).double()),
+        torch.ones(2).double(),
+        floor,
+        make_generator(0),
+    )
     assert not list(model.likelihood.parameters())
     x, f = _t([[0.3, -1.0]]), _t([[0.1, 0.4]])
     expected = stats.norm([0.1, 0.4], [0.5, 2.0]).logpdf([0.3, -1.0]).sum()

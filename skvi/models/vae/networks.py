@@ -4,26 +4,34 @@ Nothing here draws from torch's global generator: modules are built without valu
 (:func:`build`) and then filled, from a start (:mod:`skvi.models.vae.start`) or from stored weights.
 """
 
+import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skvi.models.vae.fused import ACTIVATIONS, ResidualProduct
 from skvi.models.vae.likelihoods import Block, Mixed, build_likelihood
+from skvi.models.vae.posteriors import POSTERIORS, Posterior
+from skvi.models.vae.priors import PRIORS, Law
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "logistic": torch.sigmoid,
-    "relu": torch.relu,
-    "silu": nn.functional.silu,
-    "tanh": torch.tanh,
-}
 
-# log var of q(z|x) stays between -21 and 3: far below any useful precision, and not so far
-# above the prior's variance that a stray row could throw its draws out of the decoder's reach.
-_LOG_VAR_CENTRE, _LOG_VAR_RADIUS = -9.0, 12.0
+class Custom(NamedTuple):
+    """A network of the user's.
+
+    Attributes
+    ----------
+    module : nn.Module
+        A copy with the values to start from; float32, on the CPU.
+    width : int
+        Numbers that its widest layer makes of one row.
+    """
+
+    module: nn.Module
+    width: int
 
 
 class Architecture(NamedTuple):
@@ -39,6 +47,14 @@ class Architecture(NamedTuple):
         A key of `ACTIVATIONS`.
     blocks : tuple of Block
         Which likelihood explains which columns.
+    prior : str
+        A key of `PRIORS`.
+    n_prior_components : int
+        Components of a mixture prior, pseudo-inputs of a vamp prior; 0 for others.
+    posterior : str
+        A key of `POSTERIORS`.
+    encoder, decoder : Custom or None
+        None: a :class:`ResidualMLP`.
     """
 
     n_features: int
@@ -46,29 +62,22 @@ class Architecture(NamedTuple):
     hidden_layer_sizes: tuple[int, ...]
     activation: str
     blocks: tuple[Block, ...]
+    prior: str = "normal"
+    n_prior_components: int = 0
+    posterior: str = "diag"
+    encoder: Custom | None = None
+    decoder: Custom | None = None
 
     @property
     def n_outputs(self) -> int:
         """Width of the decoder's output."""
         return sum(block.n_outputs for block in self.blocks)
 
-
-def bounded_log_var(raw: Tensor) -> Tensor:
-    """Map any number into the range of log variances, smoothly."""
-    return _LOG_VAR_CENTRE + _LOG_VAR_RADIUS * torch.tanh((raw - _LOG_VAR_CENTRE) / _LOG_VAR_RADIUS)
-
-
-def unbounded_log_var(log_var: Tensor) -> Tensor:
-    """Invert `bounded_log_var`; values at or beyond its limits are moved just inside."""
-    ratio = ((log_var - _LOG_VAR_CENTRE) / _LOG_VAR_RADIUS).clamp(-0.99, 0.99)
-    return _LOG_VAR_CENTRE + _LOG_VAR_RADIUS * torch.atanh(ratio)
-
-
-class Posterior(NamedTuple):
-    """``q(z|x) = N(mean, diag exp(log_var))``; both of shape (N, k)."""
-
-    mean: Tensor
-    log_var: Tensor
+    @property
+    def widest_layer(self) -> int:
+        """Numbers that the widest layer of both networks makes of one row."""
+        custom = [network.width for network in (self.encoder, self.decoder) if network]
+        return max([*self.hidden_layer_sizes, *custom], default=0)
 
 
 class ResidualMLP(nn.Module):
@@ -78,7 +87,15 @@ class ResidualMLP(nn.Module):
 
     With ``C = 0`` it is the linear map, so that training can begin at the best linear model and
     pays for curvature only where the data ask for it.
+
+    Attributes
+    ----------
+    product_dtype : torch.dtype or None
+        Of the matrix products while gradients are recorded; None: that of the parameters.
+        Scores never record any, so that they always have the parameters' digits.
     """
+
+    product_dtype: torch.dtype | None = None
 
     def __init__(self, n_in: int, hidden: tuple[int, ...], n_out: int, activation: str) -> None:
         super().__init__()
@@ -86,7 +103,7 @@ class ResidualMLP(nn.Module):
         self.linear = nn.Linear(n_in, n_out)
         self.hidden = nn.ModuleList(nn.Linear(n, n_next) for n, n_next in itertools.pairwise(sizes))
         self.correction = nn.Linear(sizes[-1], n_out, bias=False) if hidden else None
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
 
     def hidden_layers(self) -> list[nn.Linear]:
         """Return the layers before the correction, from the input on."""
@@ -94,16 +111,94 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., n_in) to (..., n_out)."""
-        y = self.linear(x)
         if self.correction is None:
-            return y
+            return self.linear(x)
+        if self.product_dtype is not None and torch.is_grad_enabled():
+            y = ResidualProduct.apply(
+                self.activation,
+                self.product_dtype,
+                x.flatten(0, -2),
+                self.linear.weight,
+                self.linear.bias,
+                self.correction.weight,
+                *self.hidden.parameters(),
+            )
+            return y.unflatten(0, x.shape[:-1])
+        function, _ = ACTIVATIONS[self.activation]
+        y = self.linear(x)
         for layer in self.hidden:
-            x = self.activation(layer(x))
+            x = function(layer(x))
         return y + self.correction(x)
 
 
+class Rowwise(nn.Module):
+    """A network of the user's, which maps (N, n_in) to (N, n_out), for any leading dimensions."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., n_in) to (..., n_out)."""
+        return self.module(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custom:
+    """Return a copy of a user's network that has shown to map (2, n_in) to (2, n_out).
+
+    Raises
+    ------
+    ValueError
+        If it does not; for another thing than a module; and for layers that make the result for
+        a row depend on the rows beside it or on torch's global generator.
+    """
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"{name} must be a torch.nn.Module, or a callable (n_in, n_out) that returns one; "
+            f"got {type(module).__name__}."
+        )
+    module = copy.deepcopy(module).to("cpu", torch.float32)
+    widths = [n_in, n_out]
+    hooks = []
+    for layer in module.modules():
+        kind = type(layer).__name__
+        if "BatchNorm" in kind or "Dropout" in kind:
+            raise ValueError(
+                f"{name} has a {kind} layer, with which a row's score would depend on the rows "
+                "beside it or on chance. Use LayerNorm or GroupNorm, or leave it out."
+            )
+        hooks.append(layer.register_forward_hook(lambda _, __, y: widths.append(y.numel() // 2)))
+    try:
+        with torch.no_grad():
+            y = module(torch.zeros(2, n_in))
+    except Exception as error:
+        raise ValueError(
+            f"{name} fails on rows of {n_in} numbers, which it must map to {n_out}: {error}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if y.shape != (2, n_out):
+        raise ValueError(
+            f"{name} maps two rows of {n_in} numbers to shape {tuple(y.shape)}; it must be "
+            f"(2, {n_out})."
+        )
+    return Custom(module, max(widths))
+
+
+def widths_of(architecture: Architecture) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return what goes into and comes out of the encoder and of the decoder."""
+    with torch.device("meta"):
+        likelihood = build_likelihood(architecture.blocks)
+        family = POSTERIORS[architecture.posterior](architecture.n_components)
+    return (
+        (likelihood.n_inputs, family.n_outputs),
+        (architecture.n_components, likelihood.n_outputs),
+    )
+
+
 class VAE(nn.Module):
-    """Encoder, decoder and likelihood, in fitted units.
+    """Encoder, decoder, likelihood, prior and posterior family, in fitted units.
 
     The encoder reads ``(features(x) - input_shift) * input_scale``: centred, and so that a feature
     with a few values hundreds of standard deviations out cannot flood it; the likelihood reads x.
@@ -118,43 +213,78 @@ class VAE(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        _, n_components, hidden, activation, blocks = architecture
-        self.likelihood = build_likelihood(blocks)
+        k, hidden, activation = architecture[1:4]
+        self.likelihood = build_likelihood(architecture.blocks)
         n_inputs, n_outputs = self.likelihood.n_inputs, self.likelihood.n_outputs
-        self.encoder = ResidualMLP(n_inputs, hidden, 2 * n_components, activation)
-        self.decoder = ResidualMLP(n_components, hidden[::-1], n_outputs, activation)
+        self.family = POSTERIORS[architecture.posterior](k)
+        self.prior = PRIORS[architecture.prior](k, architecture.n_prior_components, n_inputs)
+        self.encoder: nn.Module = nn.Identity()
+        self.decoder: nn.Module = nn.Identity()
+        if architecture.encoder is None:
+            self.encoder = ResidualMLP(n_inputs, hidden, self.family.n_outputs, activation)
+        if architecture.decoder is None:
+            self.decoder = ResidualMLP(k, hidden[::-1], n_outputs, activation)
         self.register_buffer("input_shift", torch.empty(n_inputs))
         self.register_buffer("input_scale", torch.empty(n_inputs))
 
-    def inputs(self, x: Tensor) -> Tensor:
-        """Return what the encoder reads of rows x, shape (N, D) -> (N, n_inputs)."""
-        return (self.likelihood.features(x) - self.input_shift) * self.input_scale
+    def inputs(self, x: Tensor, observed: Tensor | None = None) -> Tensor:
+        """Return what the encoder reads of rows x, shape (N, D) -> (N, n_inputs).
 
-    def posterior(self, x: Tensor, observed: Tensor | None = None) -> Posterior:
-        """Return q(z|x) of rows x, shape (N, D), of which the `observed` cells are known.
-
-        Features of other cells are put at their mean, zero; a row without any known cell has the
-        prior, the exact posterior given nothing.
+        Features of cells that are not `observed` are put at their mean, zero.
         Source: Mattei & Frellsen (2019), MIWAE, arXiv:1812.02633, section 3.
         """
-        inputs = self.inputs(x)
-        if observed is not None:
-            inputs = inputs * self.likelihood.per_feature(observed)
-        mean, raw = self.encoder(inputs).chunk(2, dim=-1)  # (N, k) each
-        log_var = bounded_log_var(raw)
-        if observed is not None:
-            known = observed.any(-1, keepdim=True)
-            mean, log_var = mean * known, log_var * known
-        return Posterior(mean, log_var)
+        inputs = (self.likelihood.features(x) - self.input_shift) * self.input_scale
+        return inputs if observed is None else inputs * self.likelihood.per_feature(observed)
+
+    def posterior(self, x: Tensor, observed: Tensor | None = None) -> Posterior:
+        """Return q(z|x) of rows x, shape (N, D), of which the `observed` cells are known."""
+        return self.posterior_of(self.encoder(self.inputs(x, observed)), observed)
+
+    def posterior_of(self, output: Tensor, observed: Tensor | None = None) -> Posterior:
+        """Return the posteriors that an output of the encoder, (N, n), stands for.
+
+        A row without any known cell has the prior, the exact posterior given nothing: exactly
+        under a normal one, else a normal law with its mean and variances.
+        """
+        if observed is None:
+            return self.family(output)
+        known = observed.any(-1, keepdim=True)
+        return self.family(output, known, self.prior_law(output).moments())
+
+    def prior_law(self, like: Tensor) -> Law:
+        """Return p(z), in the dtype and on the device of `like`."""
+
+        def encode(inputs: Tensor, known: Tensor) -> Posterior:
+            standard = torch.zeros_like(inputs[0, :1]), torch.ones_like(inputs[0, :1])
+            return self.family(self.encoder(inputs), known, standard)
+
+        return self.prior.law(encode, like)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the decoder's output for z, (..., k) -> (..., n_outputs)."""
+        return self.decoder(self.prior.code(z))
+
+    def set_product_dtype(self, dtype: torch.dtype | None) -> None:
+        """Have the hidden layers multiply in `dtype` while gradients are recorded.
+
+        Custom networks keep the dtype of their parameters, as flows do, whose products are small.
+        """
+        for network in (self.encoder, self.decoder):
+            if isinstance(network, ResidualMLP):
+                network.product_dtype = dtype
 
     def curvature_weights(self) -> list[Tensor]:
-        """Return the weights that make the networks non-linear; biases and linear maps are free."""
+        """Return the weights that make the networks non-linear; biases and linear maps are free.
+
+        Custom networks are the user's to regularise.
+        """
         return [
             layer.weight
             for network in (self.encoder, self.decoder)
+            if isinstance(network, ResidualMLP)
             for layer in (*network.hidden_layers(), network.correction)
             if layer is not None
-        ]
+        ] + self.family.curvature_weights()
 
 
 def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> VAE:
@@ -164,6 +294,11 @@ def build(architecture: Architecture, device: torch.device, dtype: torch.dtype) 
     model = model.to_empty(device=device).to(dtype)
     if isinstance(model.likelihood, Mixed):
         model.likelihood.arrange()
+    # Copies of modules that have values: only torch's own may be built without.
+    for name in ("encoder", "decoder"):
+        custom = getattr(architecture, name)
+        if custom is not None:
+            setattr(model, name, Rowwise(copy.deepcopy(custom.module)).to(device, dtype))
     return model
 
 

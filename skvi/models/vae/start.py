@@ -1,21 +1,114 @@
 """Where training starts: the best linear model, with an undisturbed correction network on top."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skvi.models.vae.likelihoods import Marginals
-from skvi.models.vae.networks import VAE, ResidualMLP, unbounded_log_var
+from skvi.models.vae.networks import VAE, ResidualMLP
+from skvi.models.vae.posteriors import unbounded_log_var
+from skvi.runtime.blocks import block_rows
 
 # Enough for a linear start; more rows cost time and add nothing that training would not find.
 _MAX_ROWS = 4096
 _EM_ITERATIONS = 200
+# Sparse rows: up to so many columns their triangular factor is cheaper than sparse products.
+_MAX_TRIANGLE = 1024
+# A column with a larger share of entries is centred entry by entry, so that no digits cancel.
+_FILLED = 0.5
 # Below this a variance is nothing.
 _SMALLEST_VARIANCE = 1e-4
 # The encoder's inputs are scaled down to this magnitude where the training rows exceed it.
 _LARGEST_INPUT = 10.0
+
+
+class TrainingRows(NamedTuple):
+    """Rows that are read when they are needed.
+
+    Attributes
+    ----------
+    n_rows : int
+    read : callable
+        Maps indices (B,) to rows in fitted units, (B, D), and to the mask of their observed cells,
+        (B, D), or None if there are no others.
+    device : torch.device
+    zero : Tensor of shape (D,) or None
+        What most cells hold, in fitted units and the dtype of `read`. Not None for sparse rows,
+        which are then read block by block only.
+    """
+
+    n_rows: int
+    read: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    device: torch.device
+    zero: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, observed: Tensor | None = None) -> "TrainingRows":
+        """Return those of a matrix."""
+
+        def read(index: Tensor) -> tuple[Tensor, Tensor | None]:
+            return x[index], None if observed is None else observed[index]
+
+        return cls(len(x), read, x.device)
+
+    def blocks(self, n_rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield indices, cells and masks of the first `n_rows`; a single block unless sparse."""
+        size = n_rows if self.zero is None else block_rows(len(self.zero), self.device)
+        for index in torch.arange(n_rows, device=self.device).split(size):
+            yield index, *self.read(index)
+
+
+class CentredEntries(NamedTuple):
+    """Sparse rows after centring, ``entries + root offset'``, (N, D); float64.
+
+    Attributes
+    ----------
+    entries, transposed : sparse Tensor of shape (N, D) and (D, N)
+        What differs from `offset`, and the same by columns.
+    root : Tensor of shape (N,)
+        Of the rows' shares of the weight.
+    offset : Tensor of shape (D,)
+        What cells without an entry hold.
+    """
+
+    entries: Tensor
+    transposed: Tensor
+    root: Tensor
+    offset: Tensor
+
+    def times(self, columns: Tensor) -> Tensor:
+        """``X columns``, (D, k) -> (N, k)."""
+        return self.entries @ columns + self.root[:, None] * (self.offset @ columns)
+
+    def cross(self, z: Tensor) -> Tensor:
+        """``X' z``, (N, k) -> (D, k)."""
+        return self.transposed @ z + self.offset[:, None] * (self.root @ z)
+
+    def square_sums(self) -> Tensor:
+        """``diag(X'X)``, (D,)."""
+        row, column = self.entries.indices()
+        values, root, offset = self.entries.values(), self.root[row], self.offset[column]
+        # (v + r o)^2 = r^2 o^2 + v (v + 2 r o), of which the first is there without an entry
+        change = torch.zeros_like(self.offset).index_add_(
+            0, column, values * (values + 2.0 * root * offset)
+        )
+        return self.root.square().sum() * self.offset.square() + change
+
+
+class _Dense(NamedTuple):
+    x: Tensor
+
+    def times(self, columns: Tensor) -> Tensor:
+        return self.x @ columns
+
+    def cross(self, z: Tensor) -> Tensor:
+        return self.x.T @ z
+
+    def square_sums(self) -> Tensor:
+        return self.x.square().sum(0)
 
 
 class LinearStart(NamedTuple):
@@ -39,7 +132,10 @@ class LinearStart(NamedTuple):
 
 
 def factor_analysis(
-    x: Tensor, n_components: int, least_noise: Tensor, generator: torch.Generator
+    x: Tensor | CentredEntries,
+    n_components: int,
+    least_noise: Tensor,
+    generator: torch.Generator,
 ) -> LinearStart:
     r"""Fit ``x ~ N(0, W W' + diag(psi))`` by EM (Rubin & Thayer 1982).
 
@@ -50,7 +146,7 @@ def factor_analysis(
 
     Parameters
     ----------
-    x : Tensor of shape (N, D)
+    x : Tensor of shape (N, D), or CentredEntries
         Centred rows times the root of their share of the weight; float64.
     n_components : int
     least_noise : Tensor of shape (D,)
@@ -62,22 +158,24 @@ def factor_analysis(
     -------
     LinearStart
     """
-    n_rows, n_features = x.shape
-    if n_rows > n_features:
-        # The triangular factor has the same cross products in D rows.
-        x = torch.linalg.qr(x, mode="r").R  # (min(N, D), D)
-    variance = x.square().sum(0)  # (D,)
+    if isinstance(x, Tensor):
+        if x.shape[0] > x.shape[1]:
+            x = _triangle(x)
+        rows: _Dense | CentredEntries = _Dense(x)
+    else:
+        rows = x
+    variance = rows.square_sums()  # (D,)
     floor = least_noise * variance.clamp_min(_SMALLEST_VARIANCE)
-    eye = torch.eye(n_components, dtype=x.dtype, device=x.device)
+    eye = torch.eye(n_components, dtype=variance.dtype, device=variance.device)
 
-    loadings = torch.empty(n_features, n_components, dtype=x.dtype, device=x.device)
+    loadings = variance.new_empty(len(variance), n_components)
     loadings.normal_(generator=generator).mul_(0.1)
     noise = variance.clamp_min(_SMALLEST_VARIANCE)
     for _ in range(_EM_ITERATIONS):
         scaled = loadings.T / noise  # (k, D)
         encoder = torch.linalg.solve(eye + scaled @ loadings, scaled)  # (k, D)
-        z = x @ encoder.T  # (N, k)
-        cross = x.T @ z  # (D, k)
+        z = rows.times(encoder.T)  # (N, k)
+        cross = rows.cross(z)  # (D, k)
         second = eye - encoder @ loadings + z.T @ z  # (k, k)
         loadings = torch.linalg.solve(second, cross, left=False)
         noise = torch.maximum(variance - (loadings * cross).sum(-1), floor)
@@ -90,25 +188,28 @@ def factor_analysis(
     )
 
 
+def _triangle(x: Tensor) -> Tensor:
+    """Return the triangular factor of (N, D), which has the same cross products in D rows."""
+    return torch.linalg.qr(x, mode="r").R  # (min(N, D), D)
+
+
 def initialise(
     model: VAE,
-    x: Tensor,
-    observed: Tensor | None,
+    rows: TrainingRows,
     weight: Tensor,
     noise_floor: Tensor,
     generator: torch.Generator,
 ) -> None:
     """Fill `model` in place: linear parts from factor analysis, corrections at zero.
 
+    Custom networks keep the values that they came with.
+
     Parameters
     ----------
     model : VAE
         From :func:`skvi.models.vae.networks.build`; its values are overwritten.
-    x : Tensor of shape (N, D)
-        Training rows in fitted units. Factor analysis uses the first few thousand: they must come
-        in no particular order.
-    observed : Tensor of bool, shape (N, D), or None
-        The cells that count; None: all.
+    rows : TrainingRows
+        Factor analysis uses the first few thousand: they must come in no particular order.
     weight : Tensor of shape (N,)
         Positive, float64: a float32 may be zero in all rows that factor analysis uses.
     noise_floor : Tensor of shape (D,)
@@ -116,54 +217,130 @@ def initialise(
     generator : torch.Generator
     """
     likelihood = model.likelihood
-    first, weight = x[:_MAX_ROWS].double(), weight[:_MAX_ROWS]
-    weight = weight / weight.max()
-    weight = weight / weight.sum()
-    features = likelihood.features(first)  # (n, n_inputs)
-    cells = torch.ones_like(first) if observed is None else observed[:_MAX_ROWS].double()
-    seen = likelihood.per_feature(cells)
-    mean, var, _ = _observed_moments(first, cells, weight)
-    shift, _, share = _observed_moments(features, seen, weight)
-    # Cells at their mean add no variance: the others stand in for them.
-    centred = (features - shift) * seen / share.sqrt()
+    first = _First(model, rows, weight)
+    mean, var, _ = _observed_moments(first.cells)
+    shift, _, share = _observed_moments(first.features)
     start = factor_analysis(
-        centred * weight.sqrt()[:, None],
-        model.decoder.linear.in_features,
+        first.centred(shift, share),
+        model.family.n_components,
         likelihood.least_noise(noise_floor),
         generator,
     )
     known = Marginals(mean, var, shift, start.loadings, start.noise, noise_floor)
     with torch.no_grad():
         model.input_shift.copy_(shift)
-        deviation = (likelihood.features(x) - model.input_shift).abs()  # (N, n_inputs)
-        if observed is not None:
-            deviation *= likelihood.per_feature(observed)
-        model.input_scale.copy_((_LARGEST_INPUT / deviation.amax(0)).clamp_max(1.0))
-        _fill_encoder(model, start)
+        model.input_scale.copy_((_LARGEST_INPUT / _reach(model, rows)).clamp_max(1.0))
         bias, loadings = likelihood.start(known)
-        model.decoder.linear.bias.copy_(bias)
-        model.decoder.linear.weight.copy_(loadings)
-        for network in (model.encoder, model.decoder):
-            _fill_correction(network, generator)
+        if isinstance(model.encoder, ResidualMLP):
+            _fill_encoder(model, model.encoder.linear, start)
+            _fill_correction(model.encoder, generator)
+        if isinstance(model.decoder, ResidualMLP):
+            model.decoder.linear.bias.copy_(bias)
+            model.decoder.linear.weight.copy_(loadings)
+            _fill_correction(model.decoder, generator)
+        model.family.initialise(generator)
+        _start_prior(model, rows, generator)
 
 
-def _observed_moments(
-    values: Tensor, observed: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+# Blocks of values (B, n), masks (B, n) and shares of the weight (B,).
+_Blocks: TypeAlias = Iterator[tuple[Tensor, Tensor, Tensor]]
+
+
+class _First:
+    """The first training rows in float64: what factor analysis sees."""
+
+    def __init__(self, model: VAE, rows: TrainingRows, weight: Tensor) -> None:
+        self.likelihood = model.likelihood
+        self.n_rows = min(rows.n_rows, _MAX_ROWS)
+        weight = weight[: self.n_rows]
+        weight = weight / weight.max()
+        self.weight = weight / weight.sum()
+        self.rows = rows
+        # Others are read again and again.
+        self._held = list(rows.blocks(self.n_rows)) if rows.zero is None else None
+
+    def cells(self) -> _Blocks:
+        """Yield x itself."""
+        for index, x, observed in self._held or self.rows.blocks(self.n_rows):
+            x = x.double()
+            seen = torch.ones_like(x) if observed is None else observed.double()
+            yield x, seen, self.weight[index]
+
+    def features(self) -> _Blocks:
+        """Yield what the encoder reads, before centring."""
+        for x, seen, weight in self.cells():
+            yield self.likelihood.features(x), self.likelihood.per_feature(seen), weight
+
+    def centred(self, shift: Tensor, share: Tensor) -> Tensor | CentredEntries:
+        """Return the features as :func:`factor_analysis` takes them."""
+        # Cells at their mean add no variance: the others stand in for them.
+        blocks = (
+            ((features - shift) * seen / share.sqrt()) * weight.sqrt()[:, None]
+            for features, seen, weight in self.features()
+        )
+        if self.rows.zero is None:
+            return torch.cat(list(blocks))
+        if len(shift) > _MAX_TRIANGLE:
+            return self._centred_entries(shift, share, self.rows.zero)
+        triangle = shift.new_empty(0, len(shift))
+        for block in blocks:
+            triangle = _triangle(torch.cat([triangle, block]))
+        return triangle
+
+    def _centred_entries(self, shift: Tensor, share: Tensor, zero: Tensor) -> CentredEntries:
+        plain = self.likelihood.features(zero.double()[None])[0]  # (n_inputs,)
+        filled = torch.zeros_like(shift)
+        for features, _, weight in self.features():
+            filled += weight @ (features != plain).double()
+        offset = torch.where(filled > _FILLED, 0.0, (plain - shift) / share.sqrt())
+        parts = []
+        for features, seen, weight in self.features():
+            # Zero where a cell has no entry: the same operations on the same numbers.
+            entries = (features - shift) * seen / share.sqrt() - offset
+            parts.append((entries * weight.sqrt()[:, None]).to_sparse_coo())
+        whole = torch.cat(parts).coalesce()
+        return CentredEntries(whole, whole.T.coalesce(), self.weight.sqrt(), offset)
+
+
+def _observed_moments(blocks: Callable[[], _Blocks]) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean, variance and observed share of columns; 0, 0 and 1 where nothing is seen."""
-    share = weight @ observed
+    totals = [(weight @ seen, weight @ (values * seen)) for values, seen, weight in blocks()]
+    share, first = (torch.stack(part).sum(0) for part in zip(*totals, strict=True))
     share = torch.where(share > 0, share, 1.0)
-    mean = weight @ (values * observed) / share
-    return mean, weight @ ((values - mean).square() * observed) / share, share
+    mean = first / share
+    squares = [weight @ ((values - mean).square() * seen) for values, seen, weight in blocks()]
+    return mean, torch.stack(squares).sum(0) / share, share
 
 
-def _fill_encoder(model: VAE, start: LinearStart) -> None:
-    linear = model.encoder.linear
+def _reach(model: VAE, rows: TrainingRows) -> Tensor:
+    """Return the largest deviation of every feature over all rows, (n_inputs,)."""
+    reach = torch.zeros_like(model.input_shift)
+    for _, x, observed in rows.blocks(rows.n_rows):
+        deviation = (model.likelihood.features(x) - model.input_shift).abs()  # (B, n_inputs)
+        if observed is not None:
+            deviation *= model.likelihood.per_feature(observed)
+        reach = torch.maximum(reach, deviation.amax(0))
+    return reach
+
+
+def _fill_encoder(model: VAE, linear: nn.Linear, start: LinearStart) -> None:
     n_components = start.encoder.shape[0]
     linear.weight.zero_()
+    linear.bias.zero_()
     linear.weight[:n_components] = start.encoder / model.input_scale
-    linear.bias[:n_components] = 0.0
-    linear.bias[n_components:] = unbounded_log_var(start.log_var)
+    linear.bias[n_components : 2 * n_components] = unbounded_log_var(start.log_var)
+    model.family.start(linear)
+
+
+def _start_prior(model: VAE, rows: TrainingRows, generator: torch.Generator) -> None:
+    """Give the prior what the encoder reads of some rows, each at most once if there are enough."""
+    n_wanted = model.prior.n_prior_components
+    if n_wanted == 0:
+        return
+    order = torch.randperm(rows.n_rows, generator=generator, device=rows.device)
+    chosen = order.repeat(math.ceil(n_wanted / rows.n_rows))[:n_wanted]
+    inputs = model.inputs(*rows.read(chosen))
+    model.prior.initialise(inputs, model.encoder(inputs)[:, : model.family.n_components])
 
 
 def _fill_correction(network: ResidualMLP, generator: torch.Generator) -> None:

@@ -1,0 +1,77 @@
+"""The fused perceptron against the same formula in autograd."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from skvi.models.vae.fused import ACTIVATIONS, ResidualProduct
+from skvi.models.vae.networks import ResidualMLP
+from skvi.runtime.random import make_generator
+
+
+def _network(n_in, hidden, n_out, activation, dtype=torch.float64):
+    with torch.device("meta"):
+        network = ResidualMLP(n_in, hidden, n_out, activation)
+    network = network.to_empty(device="cpu").to(dtype)
+    generator = make_generator(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.normal_(0.0, p.shape[-1] ** -0.5, generator=generator)
+    return network, torch.randn(6, n_in, generator=generator, dtype=torch.float64).to(dtype)
+
+
+shapes = pytest.mark.parametrize(
+    ("n_in", "hidden", "n_out"), [(5, (4,), 3), (3, (4,), 5), (4, (3, 6), 4), (2, (5, 3, 4), 7)]
+)
+
+
+@shapes
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_value_and_gradient_are_those_of_the_formula(n_in, hidden, n_out, activation):
+    network, x = _network(n_in, hidden, n_out, activation)
+    with torch.no_grad():
+        plain = network(x)
+    network.product_dtype = torch.float64
+    torch.testing.assert_close(network(x), plain, rtol=1e-12, atol=1e-12)
+
+    def function(x, *parameters):
+        return ResidualProduct.apply(activation, torch.float64, x, *parameters)
+
+    parameters = [
+        network.linear.weight,
+        network.linear.bias,
+        network.correction.weight,
+        *network.hidden.parameters(),
+    ]
+    # Finite differences of all inputs; no row may lie on the kink of relu.
+    assert gradcheck(function, (x.requires_grad_(), *parameters))
+    assert gradcheck(function, (x.detach(), *parameters))
+
+
+@shapes
+def test_leading_dimensions_are_kept(n_in, hidden, n_out):
+    network, x = _network(n_in, hidden, n_out, "silu")
+    network.product_dtype = torch.float64
+    stacked = network(torch.stack([x, 2.0 * x]))
+    assert stacked.shape == (2, 6, n_out)
+    torch.testing.assert_close(stacked[1], network(2.0 * x))
+
+
+@pytest.mark.parametrize(("n_in", "hidden", "n_out"), [(50, (40,), 20), (20, (40, 30), 50)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_bfloat16_rounds_the_products_and_nothing_else(n_in, hidden, n_out, activation):
+    network, x = _network(n_in, hidden, n_out, activation, torch.float32)
+    x.requires_grad_()
+    leaves = [x, *network.parameters()]
+    exact = network(x)
+    expected = torch.autograd.grad(exact.square().sum(), leaves)
+    network.product_dtype = torch.bfloat16
+    rounded = network(x)
+    actual = torch.autograd.grad(rounded.square().sum(), leaves)
+    assert not torch.equal(rounded, exact)
+    for one, other in zip((rounded, *actual), (exact, *expected), strict=True):
+        assert one.dtype == torch.float32
+        # 8 binary digits: a relative error of 2^-9 per rounding, of which there are a few.
+        assert (one - other).norm() < 0.02 * other.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), exact)
