@@ -16,7 +16,8 @@ _SMALL = 1 << 15
 _DIGITS_TO_LOSE = 1e-4
 # Mean squares of columns between these have come from squares and products in range.
 _SQUARES = (1e-200, 1e200)
-_SAMPLE_ROWS = 256
+# Rows and numbers for a point near the middle.
+_SAMPLE_ROWS, _SAMPLE_FLOATS = 256, 1 << 16
 # Columns of a panel of a symmetric product: what the registers of a matrix product hold.
 _PANEL = 24
 
@@ -151,7 +152,8 @@ def reduce_rows(x: Rows, y: Rows, *, intercept: bool) -> Statistics:
 
 def provisional_mean(X: np.ndarray) -> np.ndarray:
     """Return a point (D,) near the middle of the rows: exact for a constant column."""
-    sample = np.linspace(0, len(X) - 1, min(len(X), _SAMPLE_ROWS), dtype=np.intp)
+    n_rows = min(len(X), _SAMPLE_ROWS, max(16, _SAMPLE_FLOATS // X.shape[1]))
+    sample = np.linspace(0, len(X) - 1, n_rows, dtype=np.intp)
     first = X[0].astype(np.float64)
     return first + (X[sample] - first).mean(axis=0)
 
