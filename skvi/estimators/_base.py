@@ -83,6 +83,7 @@ class VariationalEstimator(BaseEstimator):
         *,
         reset: bool,
         target: bool = False,
+        check_values: bool = True,
         **check_params: Any,
     ) -> Door:
         """Validate what came in and decide where to compute.
@@ -96,6 +97,9 @@ class VariationalEstimator(BaseEstimator):
             True in fit, False elsewhere: feature names and count must then match.
         target : bool, default=False
             Whether y is a numeric target of the call.
+        check_values : bool, default=True
+            False leaves it to the caller to notice a NaN or a number out of range in X, and to
+            come back: looking for them takes one pass over X each.
         **check_params
             Passed on to :func:`sklearn.utils.validation.validate_data`.
 
@@ -108,6 +112,8 @@ class VariationalEstimator(BaseEstimator):
         device = resolve_device(self.device, X)
         X = to_host(X)
         params: dict[str, Any] = {"dtype": [np.float64, np.float32], **check_params}
+        if not check_values:
+            params["ensure_all_finite"] = False
         if target:
             # y may hold integers: the target is a measurement, not a label.
             X, y = validate_data(
@@ -118,7 +124,8 @@ class VariationalEstimator(BaseEstimator):
         else:
             X = validate_data(self, X, reset=reset, **params)
             y = None
-        _check_range(X, "X")
+        if check_values:
+            _check_range(X, "X")
         return Door(X, y, device)
 
     @contextmanager

@@ -39,7 +39,15 @@ from skvi.models.linear.climb import (
 )
 from skvi.models.linear.horseshoe import HorseshoePrior
 from skvi.models.linear.predictive import Posterior
-from skvi.models.linear.reduction import Statistics, reduce_rows, root_scale
+from skvi.models.linear.reduction import (
+    Statistics,
+    collect,
+    is_safe,
+    provisional_mean,
+    reduce_rows,
+    reduce_to_units,
+    root_scale,
+)
 from skvi.models.linear.sparse import SparseRows, canonical, reduce_sparse_rows, sparse_moments
 from skvi.models.linear.weights import covariance, variances
 from skvi.models.terms import ElboTerms
@@ -48,6 +56,8 @@ from skvi.runtime.moments import weighted_moments
 from skvi.runtime.random import draw_seed, make_rng
 
 Record = TypeVar("Record")
+# The rows in fitted units; these units and the spreads in them, of X and of y.
+Reduced = tuple[Statistics, tuple[Affine, np.ndarray], tuple[Affine, np.ndarray]]
 
 
 def _map_record(convert: Callable[[Any], Any], record: Record) -> Record:
@@ -165,6 +175,11 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     relevance_ : ndarray, shape of `coef_`
         ``1 - E[alpha_j] V_jj``, in [0, 1]: how much of what is known about a weight comes from
         the rows (1) and not from its prior (0). The sum is the effective number of weights.
+    relevance_path_ : ndarray of shape (n_iter_, n_precisions) or (n_iter_, n_outputs, n_precisions)
+        How many weights of those that share a precision the rows determine, after each pass: with
+        "ard" and "horseshoe" the relevance of each feature, so that it shows which features fade
+        and when; with "ridge" the effective number of weights, of each group in the order of the
+        sorted labels. The last pass adds up to what `relevance_` does.
     noise_precision_ : float or ndarray of shape (n_outputs,)
         E[beta].
     weight_precision_ : float, ndarray of shape (n_features,), or with n_outputs in front
@@ -313,19 +328,18 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             dependent with ``prior="flat"``.
         """
         with self._all_or_nothing():
-            door = self._door(X, y, reset=True, target=True)
-            X, outputs, weight = self._seen_rows(door, sample_weight)
-            group = self._group(X.shape[1])
-            moments = sparse_moments if sparse.issparse(X) else weighted_moments
-            x, spread_x = self._units(*moments(X, weight), group)
-            own = np.arange(outputs.shape[1])
-            y, spread_y = self._units(*weighted_moments(outputs, weight), own)
-            rows = _rows(X, x, door.device, weight)
-            targets = Rows(outputs, y, door.device, weight)
-            if isinstance(rows, SparseRows):
-                statistics = reduce_sparse_rows(rows, targets, intercept=self.fit_intercept)
-            else:
-                statistics = reduce_rows(rows, targets, intercept=self.fit_intercept)
+            # The products of the rows tell whether all values are finite and in range. Weights
+            # could hide some, and sparse rows are cheaper to look at than to multiply.
+            look_first = sample_weight is not None or sparse.issparse(X)
+            door = self._door(X, y, reset=True, target=True, check_values=look_first)
+            rows, outputs, weight = self._seen_rows(door, sample_weight)
+            group = self._group(rows.shape[1])
+            reduced = self._reduce_in_one_pass(rows, outputs, weight, group, door.device)
+            if reduced is None:
+                if not look_first:
+                    door = self._door(X, y, reset=True, target=True)
+                reduced = self._reduce(rows, outputs, weight, group, door.device)
+            statistics, (x, spread_x), (y, spread_y) = reduced
             self._fit(door, statistics, self._hyperparameters(spread_x, spread_y, group), x, y)
         self._warn_unless_converged()
         return self
@@ -395,6 +409,64 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         X, outputs, weight = without_weightless(weight, door.X, outputs)
         return X, outputs, weight
 
+    def _reduce(
+        self,
+        X: Any,
+        outputs: np.ndarray,
+        weight: np.ndarray,
+        group: np.ndarray,
+        device: torch.device,
+    ) -> Reduced:
+        """Find the units first, then reduce the rows in these units: for any rows."""
+        moments = sparse_moments if sparse.issparse(X) else weighted_moments
+        x, spread_x = self._units(*moments(X, weight), group)
+        y, spread_y = self._units(*weighted_moments(outputs, weight), np.arange(outputs.shape[1]))
+        rows, targets = _rows(X, x, device, weight), Rows(outputs, y, device, weight)
+        if isinstance(rows, SparseRows):
+            statistics = reduce_sparse_rows(rows, targets, intercept=self.fit_intercept)
+        else:
+            statistics = reduce_rows(rows, targets, intercept=self.fit_intercept)
+        return statistics, (x, spread_x), (y, spread_y)
+
+    def _reduce_in_one_pass(
+        self,
+        X: Any,
+        outputs: np.ndarray,
+        weight: np.ndarray,
+        group: np.ndarray,
+        device: torch.device,
+    ) -> Reduced | None:
+        """Read the units off what one pass over the rows has found, and change to them.
+
+        None where that would cost digits, and for sparse rows.
+        """
+        if sparse.issparse(X):
+            return None
+        n_features = X.shape[1]
+        shift_x, shift_y = np.zeros(n_features), np.zeros(outputs.shape[1])
+        if self.fit_intercept:
+            with np.errstate(invalid="ignore", over="ignore"):  # X has not been looked at
+                shift_x, shift_y = provisional_mean(X), provisional_mean(outputs)
+        rows = Rows(X, Affine(shift_x, np.ones_like(shift_x)), device, weight)
+        targets = Rows(outputs, Affine(shift_y, np.ones_like(shift_y)), device, weight)
+        found = collect(rows, targets, intercept=self.fit_intercept)
+        if not is_safe(found):
+            return None
+        mean, std = to_numpy(found.mean), to_numpy((found.squares / found.total).sqrt())
+        x, spread_x = self._units(shift_x + mean[:n_features], std[:n_features], group)
+        own = np.arange(outputs.shape[1])
+        y, spread_y = self._units(shift_y + mean[n_features:], std[n_features:], own)
+        shift = np.concatenate([x.shift - shift_x, y.shift - shift_y])
+        scale = np.concatenate([x.scale, y.scale])
+        statistics = reduce_to_units(
+            found,
+            rows,
+            targets,
+            shift=torch.as_tensor(shift, device=device),
+            scale=torch.as_tensor(scale, device=device),
+        )
+        return statistics, (x, spread_x), (y, spread_y)
+
     def _check_continues(self, model: _Model, door: Door, outputs: np.ndarray) -> None:
         assert door.y is not None
         if (outputs.shape[1], door.y.ndim == 1) != (len(model.y.scale), model.single):
@@ -456,10 +528,12 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             )
         # alpha has the units of x squared
         scale_x = x.scale[np.unique(group, return_index=True)[1]]
+        assert door.y is not None
         with np.errstate(over="ignore", under="ignore"):
             first = self._start(statistics, prior, scale_x)
-            solution = self._climb(statistics, prior, x, y, first)
+            solution, path = self._climb(statistics, prior, x, y, first)
             self._publish(door, statistics, prior, x, y, solution)
+            self.relevance_path_ = path[:, 0] if door.y.ndim == 1 else path
 
     def _group(self, n_features: int) -> np.ndarray:
         """Return which of the precisions 0, ..., H - 1 each feature has, shape (D,)."""
@@ -548,25 +622,30 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
     def _climb(
         self, statistics: Statistics, prior: Prior, x: Affine, y: Affine, first: State
-    ) -> Solution[State]:
+    ) -> tuple[Solution[State], np.ndarray]:
+        """Return what the climb found, and the relevance after each pass, (n_iter, M, H)."""
         # densities of y, and of flat coefficients, in their own units
         log_units = _log_units_of_flat(prior, x, y) - statistics.n_observed * y.log_abs_det
         monitor = Monitor(
             self.tol, scale=statistics.total, verbose=self.verbose, name="BayesianLinearVI"
         )
         smallest_rise = self.tol * statistics.total / len(first.alpha)
+        path: list[np.ndarray] = []
 
         def step(state: State) -> tuple[State, float]:
             if prior.weight is not None:
                 state = improve(statistics, prior, state, smallest_rise)
+            path.append(to_numpy(state.weights.relevance))
             return state, float(state.bound.sum()) + log_units
 
         if prior.weight is not None:
-            return climb(step, first, max_iter=self.max_iter, monitor=monitor)
+            solution = climb(step, first, max_iter=self.max_iter, monitor=monitor)
+            return solution, np.stack(path)
         # Nothing to iterate: q(w, b, beta) is the exact posterior.
         solution = climb(step, first, max_iter=1, monitor=monitor)
         finite = solution.status is not Status.NON_FINITE
-        return solution._replace(status=Status.CONVERGED) if finite else solution
+        solution = solution._replace(status=Status.CONVERGED) if finite else solution
+        return solution, np.stack(path)
 
     def _publish(
         self,
@@ -587,7 +666,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         state, single = solution.state, door.y.ndim == 1
         posterior = predictive.make_posterior(statistics, prior, state)
         noise_variance = to_numpy(predictive.noise_variance(posterior))
-        posterior = _map_record(to_numpy, posterior)
+        posterior, statistics = _as_arrays(posterior), _as_arrays(statistics)
 
         mean, per_feature = posterior.factor.mean, y.scale[:, None] / x.scale
         V_diag = to_numpy(variances(_as_tensors(posterior, "cpu").factor))  # (M, D)
@@ -638,8 +717,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             alpha=alpha,
             scale=to_numpy(state.scale),
             posterior=posterior,
-            prior=_map_record(to_numpy, prior),
-            statistics=_map_record(to_numpy, statistics),
+            prior=_as_arrays(prior),
+            statistics=statistics,
         )
 
     # -- attributes built when asked for ----------------------------------------------------------
@@ -1027,6 +1106,11 @@ def _log_units_of_flat(prior: Prior, x: Affine, y: Affine) -> float:
 
 def _as_tensors(record: Record, device: torch.device | str) -> Record:
     return _map_record(lambda array: torch.as_tensor(array, device=device), record)
+
+
+def _as_arrays(record: Record) -> Record:
+    """Return a record of NumPy arrays, which share their memory with tensors on the CPU."""
+    return _map_record(lambda tensor: tensor.cpu().numpy(), record)
 
 
 def _check_reach(values: np.ndarray) -> None:

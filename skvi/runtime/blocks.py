@@ -146,6 +146,26 @@ class Rows:
         x, weight = self._resident
         return x[rows], weight[rows]
 
+    def weights(self, rows: slice) -> Tensor:
+        """Return the weights (B,) of the rows of a slice."""
+        if self._resident is None:
+            return torch.from_numpy(np.array(self._weight[rows], dtype=np.float64))
+        return self._resident[1][rows]
+
+    def fill(self, rows: slice, out: Tensor) -> None:
+        """Write the rows of a slice in fitted units to `out` (B, D), without another copy."""
+        if self._resident is not None:
+            out.copy_(self._resident[0][rows])
+            return
+        x, shift, scale = self._X[rows], self._affine.shift, self._affine.scale
+        # torch takes all threads, but neither read-only memory nor negative strides
+        if x.flags.writeable and min(x.strides) >= 0:
+            torch.sub(torch.from_numpy(x), torch.from_numpy(shift), out=out)
+        else:
+            np.subtract(x, shift, out=out.numpy())
+        if (scale != 1.0).any():
+            out /= torch.from_numpy(scale)
+
     def blocks(self, floats_per_row: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield ``(rows, x, weight)`` in blocks whose workspace is `floats_per_row` a row."""
         for rows in row_slices(self.n_rows, block_rows(floats_per_row, self.device)):

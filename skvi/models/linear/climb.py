@@ -142,7 +142,9 @@ def evaluate(
     log_lik = 0.5 * (total * (E_log_noise - LOG_2PI) - E_noise * weights.squares - relevance)
     kl = 0.5 * (E_noise * penalty - relevance + weights.log_det)
     kl = kl + 0.5 * prior.n_flat * (E_log_noise - LOG_2PI)
-    kl = kl + gamma.kl(shape, rate, torch.full_like(rate, prior.noise_shape), prior.noise_rate)
+    # the laws of all precisions, so that their divergences are one call
+    shape0, rate0 = torch.full_like(rate, prior.noise_shape), prior.noise_rate
+    laws = [tuple(part[:, None] for part in (shape, rate, shape0, rate0))]
     if statistics.intercept:
         log_lik = log_lik - 0.5
         kl = kl + 0.5 * (E_log_noise + math.log(total) - LOG_2PI - 1.0)
@@ -155,7 +157,8 @@ def evaluate(
         rate_alpha = shape_alpha / alpha
         log_excess = shape_alpha.log() - torch.digamma(shape_alpha)  # log E[alpha] - E[log alpha]
         kl = kl + 0.5 * (size * log_excess).sum(-1)
-        kl = kl + gamma.kl(shape_alpha, rate_alpha, shape0, prior.weight.rate).sum(-1)
+        laws.append((shape_alpha, rate_alpha, shape0, prior.weight.rate.expand_as(alpha)))
+    kl = kl + gamma.kl(*(torch.cat(part, dim=1) for part in zip(*laws, strict=True))).sum(1)
     return State(alpha, scale, weights, rate, log_lik, kl)
 
 

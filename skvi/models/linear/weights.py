@@ -234,7 +234,7 @@ def _span_rounding(statistics: Statistics, singular: Tensor) -> Tensor:
 def variances(factor: Factor) -> Tensor:
     """Return the diagonal of V, shape (M, D)."""
     squares = factor.basis.square()  # (M or 1, D, R)
-    seen = (squares * factor.gain[:, None, :]).sum(-1)
+    seen = (squares @ factor.gain[:, :, None])[..., 0]
     unseen = (1.0 - squares.sum(-1)).clamp(min=0.0) if _has_null_space(factor) else 0.0
     return (factor.outer[:, None] * factor.inner).square() * (seen + unseen)
 
