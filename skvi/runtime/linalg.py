@@ -1,4 +1,4 @@
-"""Linear algebra on Cholesky factors. Batched over leading dimensions; float64 in, float64 out."""
+"""Cholesky factors, batched over leading dimensions, and Gram matrices; float64 in and out."""
 
 import torch
 from torch import Tensor
@@ -13,3 +13,11 @@ def inv_chol(chol: Tensor) -> Tensor:
     """Return ``L^-1`` of a lower triangular L, shape (..., D, D), by forward substitution."""
     eye = torch.eye(chol.shape[-1], dtype=chol.dtype, device=chol.device).expand_as(chol)
     return torch.linalg.solve_triangular(chol, eye, upper=False)
+
+
+def gram(z: Tensor) -> Tensor:
+    """Return ``z'z`` of rows (B, D); NumPy computes half of the symmetric product, torch all."""
+    if z.device.type != "cpu":
+        return z.T @ z
+    rows = z.numpy()
+    return torch.from_numpy(rows.T @ rows)

@@ -146,17 +146,35 @@ def evaluate(
     if statistics.intercept:
         log_lik = log_lik - 0.5
         kl = kl + 0.5 * (E_log_noise + math.log(total) - LOG_2PI - 1.0)
-    if isinstance(prior.weight, HorseshoePrior):
-        kl = kl + horseshoe.divergence(prior.weight, alpha, scale)
-    elif prior.weight is not None:
-        shape0 = torch.full_like(alpha, prior.weight.shape)
-        size = group_size(statistics, prior, alpha)
-        shape_alpha = shape0 + size / 2.0
-        rate_alpha = shape_alpha / alpha
-        log_excess = shape_alpha.log() - torch.digamma(shape_alpha)  # log E[alpha] - E[log alpha]
-        kl = kl + 0.5 * (size * log_excess).sum(-1)
-        kl = kl + gamma.kl(shape_alpha, rate_alpha, shape0, prior.weight.rate).sum(-1)
+    if prior.weight is not None:
+        kl = kl + precision_divergence(
+            prior.weight, alpha, scale, group_size(statistics, prior, alpha)
+        )
     return State(alpha, scale, weights, rate, log_lik, kl)
+
+
+def precision_divergence(
+    prior: WeightPrior | HorseshoePrior, alpha: Tensor, scale: Tensor, size: Tensor
+) -> Tensor:
+    """Return what learnt precisions add to KL(q || p), shape (M,), beyond known ones.
+
+    Parameters
+    ----------
+    prior : WeightPrior or HorseshoePrior
+    alpha : Tensor of shape (M, H)
+        E[alpha].
+    scale : Tensor of shape (M,)
+        E[gamma] of the horseshoe.
+    size : Tensor of shape (H,)
+        How many features share each precision.
+    """
+    if isinstance(prior, HorseshoePrior):
+        return horseshoe.divergence(prior, alpha, scale)
+    shape0 = torch.full_like(alpha, prior.shape)
+    shape = shape0 + size / 2.0
+    log_excess = shape.log() - torch.digamma(shape)  # log E[alpha] - E[log alpha]
+    kl = 0.5 * (size * log_excess).sum(-1)
+    return kl + gamma.kl(shape, shape / alpha, shape0, prior.rate).sum(-1)
 
 
 def start(statistics: Statistics, prior: Prior) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from skvi.runtime.blocks import Rows, block_rows, row_slices
+from skvi.runtime.linalg import gram
 
 # Numbers in X up to which accuracy costs a few milliseconds only.
 _SMALL = 1 << 15
@@ -85,7 +86,7 @@ def _by_gram(x: Rows, y: Rows, intercept: bool) -> Statistics:
         x_block, weight = x[rows]
         ones = torch.ones_like(weight)[:, None]
         z = torch.cat([x_block, y[rows][0], ones], dim=1) * weight.sqrt()[:, None]
-        moments += _square(z)
+        moments += gram(z)
     total = float(moments[-1, -1])
     # The fixed shift of the rows is their mean up to rounding; this takes out the rest.
     centre = moments[-1, :-1] / total if intercept else torch.zeros_like(moments[-1, :-1])
@@ -114,14 +115,6 @@ def _by_gram(x: Rows, y: Rows, intercept: bool) -> Statistics:
         centre_x=centre_x,
         centre_y=centre_y,
     )
-
-
-def _square(z: Tensor) -> Tensor:
-    """Return ``z'z``; NumPy computes half of the symmetric product, torch all of it."""
-    if z.device.type != "cpu":
-        return z.T @ z
-    rows = z.numpy()
-    return torch.from_numpy(rows.T @ rows)
 
 
 def from_gram(
