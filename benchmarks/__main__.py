@@ -1,4 +1,4 @@
-"""``python -m benchmarks gmm|linear|logistic|vae [--quick]``: tables on the screen and JSON beside them."""
+"""``python -m benchmarks NAME [--quick]``: tables on the screen and JSON beside them."""
 
 import argparse
 import importlib

@@ -79,6 +79,13 @@ class _Model(NamedTuple):
     posterior: Posterior
 
 
+class _Progress(NamedTuple):
+    """A climb on its way: the state, and the binary models that still rise, shape (K,)."""
+
+    state: State
+    active: Tensor
+
+
 class BayesianLogisticVI(ClassifierMixin, TransformerMixin, VariationalEstimator):
     r"""Bayesian logistic regression by variational inference.
 
@@ -399,12 +406,21 @@ class BayesianLogisticVI(ClassifierMixin, TransformerMixin, VariationalEstimator
         monitor = Monitor(self.tol, scale=total, verbose=self.verbose, name="BayesianLogisticVI")
         # The first tilts are the same for all rows, and no direction to extrapolate from.
         first = evaluate(design, prior, *coordinate_update(design, prior, first))
+        smallest_rise = self.tol * total / len(first.alpha)
 
-        def step(state: State) -> tuple[State, float]:
-            state = improve(design, prior, state)
-            return state, float(state.bound.sum())
+        def step(progress: _Progress) -> tuple[_Progress, float]:
+            state, active = progress
+            if not len(active):
+                return progress, float(state.bound.sum())
+            better = improve(design, prior, state, active)
+            still = (better.bound - state.bound)[active] >= smallest_rise
+            return _Progress(better, active[still]), float(better.bound.sum())
 
-        return climb(step, first, max_iter=self.max_iter, monitor=monitor)
+        everything = torch.arange(len(first.alpha), device=first.alpha.device)
+        solution = climb(
+            step, _Progress(first, everything), max_iter=self.max_iter, monitor=monitor
+        )
+        return Solution(solution.state.state, solution.history, solution.status)
 
     def _publish(
         self,

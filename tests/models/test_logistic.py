@@ -240,7 +240,7 @@ def test_the_bound_is_below_the_evidence_by_quadrature(intercept, rng):
     prior, alpha = climb.Prior(None, 0.25), _t([[0.5]])
     state = climb.evaluate(design, prior, alpha, _t([1.0]), torch.ones_like(design.sign))
     for _ in range(20):
-        state = climb.improve(design, prior, state)
+        state = climb.improve(design, prior, state, torch.arange(len(state.alpha)))
 
     # the trapezoidal rule, whose error falls exponentially for these integrands
     w, step_w = np.linspace(-12.0, 16.0, 561, retstep=True)
@@ -276,7 +276,7 @@ def test_the_bound_never_falls_and_ends_where_its_gradient_is_zero(n, p, kind, r
     prior, state = _state(rng, design, kind)
     history = [state.bound]
     for _ in range(60):
-        state = climb.improve(design, prior, state)
+        state = climb.improve(design, prior, state, torch.arange(len(state.alpha)))
         history.append(state.bound)
     history = torch.stack(history)
     assert (history.diff(dim=0) >= 0.0).all()
@@ -288,6 +288,21 @@ def test_the_bound_never_falls_and_ends_where_its_gradient_is_zero(n, p, kind, r
         for factor in (0.99, 1.01):
             moved = [v * factor if i == which else v for i, v in enumerate(point)]
             assert (climb.evaluate(design, prior, *moved).bound <= state.bound + 1e-10).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "p"), SHAPES)
+def test_models_are_improved_one_by_one(n, p, kind, rng):
+    """A pass over one model leaves the other as it is, and does what a pass over both does."""
+    design = _design(rng, n, p)
+    prior, state = _state(rng, design, kind)
+    both = climb.improve(design, prior, state, torch.arange(2))
+    one = climb.improve(design, prior, state, torch.tensor([1]))
+    assert float(one.bound[0]) == float(state.bound[0])
+    assert float(both.bound[0]) > float(state.bound[0])
+    torch.testing.assert_close(one.bound[1], both.bound[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one.tilt[:, 1], both.tilt[:, 1], rtol=1e-9, atol=0)
+    assert torch.equal(one.weights.mean[0], state.weights.mean[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

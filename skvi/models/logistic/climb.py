@@ -13,7 +13,8 @@ and the divergence of the precisions. Source: Drugowitsch (2013), arXiv:1310.543
 logistic regression, rearranged so that no large terms cancel.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ _LOG_LIMIT = 300.0
 _SMALLEST_TILT = 1e-12
 # Longest extrapolation, in steps of coordinate ascent.
 _LONGEST_STEP = 256.0
+# What belongs to rows and models, (N, M); the other fields of a state have the models first.
+_FIELDS_OF_ROWS = {"tilt", "odds_mean", "odds_variance"}
 
 
 class Prior(NamedTuple):
@@ -83,6 +86,9 @@ class State(NamedTuple):
     def bound(self) -> Tensor:
         """The evidence lower bound of each binary model, shape (M,)."""
         return self.log_lik - self.kl
+
+
+Record = TypeVar("Record", State, Weights)
 
 
 def column_precision(design: Design, prior: Prior, alpha: Tensor) -> Tensor:
@@ -172,21 +178,31 @@ def start(design: Design, prior: Prior, statistics: Statistics) -> Tensor:
     return grid[bound.nan_to_num(nan=-torch.inf).argmax(-1)][:, None]
 
 
-def improve(design: Design, prior: Prior, state: State) -> State:
-    """One pass: a step of coordinate ascent, and a second one or an extrapolation of both.
+def improve(design: Design, prior: Prior, state: State, models: Tensor) -> State:
+    """One pass over some binary models: two steps of coordinate ascent or more.
 
-    Squared extrapolation, scheme S3 of Varadhan and Roland (2008), in the logarithms of precisions
-    and tilts. It is taken for the binary models whose bound it raises.
+    The second step competes with an extrapolation of both: the squared one, scheme S3 of Varadhan
+    and Roland (2008), in the logarithms of precisions and tilts.
+
+    Parameters
+    ----------
+    design : Design
+    prior : Prior
+    state : State
+    models : Tensor of shape (K,)
+        Which models to improve; the others stay as they are.
     """
-    origin = _Point(state.alpha, state.scale, state.tilt)
-    first = coordinate_update(design, prior, state)
-    once = _higher(state, evaluate(design, prior, *first))
+    part = _map_fields(lambda dim, a: a.index_select(dim, models), state)
+    design = design._replace(sign=design.sign[:, models])
+    origin = _Point(part.alpha, part.scale, part.tilt)
+    first = coordinate_update(design, prior, part)
+    once = _higher(part, evaluate(design, prior, *first))
     second = coordinate_update(design, prior, once)
     far = evaluate(design, prior, *_extrapolate(design, origin, first, second))
     best = _higher(once, far)
-    if bool((far.bound > once.bound).all()):
-        return best
-    return _higher(best, evaluate(design, prior, *second))
+    if not bool((far.bound > once.bound).all()):
+        best = _higher(best, evaluate(design, prior, *second))
+    return _map_fields(lambda dim, a, b: a.index_copy(dim, models, b), state, best)
 
 
 def _extrapolate(design: Design, origin: _Point, first: _Point, second: _Point) -> _Point:
@@ -215,27 +231,18 @@ def _extrapolate(design: Design, origin: _Point, first: _Point, second: _Point) 
 def _higher(first: State, second: State) -> State:
     """Take `second` for the binary models where its bound is higher, else `first`."""
     better = second.bound > first.bound  # False for NaN
-    if bool(better.all()):
-        return second
 
-    def choose(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(better.reshape(-1, *[1] * (a.ndim - 1)), b, a)
+    def choose(dim: int, a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(better if dim == 1 else better.reshape(-1, *[1] * (a.ndim - 1)), b, a)
 
-    def choose_rows(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(better, b, a)
+    return _map_fields(choose, first, second)
 
-    x, y = first.weights, second.weights
-    return State(
-        choose(first.alpha, second.alpha),
-        choose(first.scale, second.scale),
-        choose_rows(first.tilt, second.tilt),
-        Weights(
-            choose(x.mean, y.mean),
-            choose(x.relevance, y.relevance),
-            choose(x.log_det, y.log_det),
-            choose_rows(x.odds_mean, y.odds_mean),
-            choose_rows(x.odds_variance, y.odds_variance),
-        ),
-        choose(first.log_lik, second.log_lik),
-        choose(first.kl, second.kl),
-    )
+
+def _map_fields(function: Callable[..., Tensor], *records: Record) -> Record:
+    """Apply ``function(dim, *fields)`` to the fields of states; models are in dimension `dim`."""
+    values: list[Any] = []
+    for name, *fields in zip(records[0]._fields, *records, strict=True):
+        nested = isinstance(fields[0], Weights)
+        dim = 1 if name in _FIELDS_OF_ROWS else 0
+        values.append(_map_fields(function, *fields) if nested else function(dim, *fields))
+    return type(records[0])(*values)
