@@ -35,7 +35,7 @@ MIXTURES = [
     for law in ("dirichlet_process", "dirichlet_distribution")
 ]
 LINEARS = [BayesianLinearVI(prior=prior) for prior in ("ridge", "ard", "fixed", "horseshoe")]
-LOGISTICS = [BayesianLogisticVI(prior=prior) for prior in ("ridge", "ard", "fixed", "horseshoe")]
+LOGISTICS = [BayesianLogisticVI(prior=prior) for prior in ("ridge", "ard", "horseshoe")]
 # The checks' data are real numbers, which not every likelihood can explain.
 AUTOENCODERS = [
     VAETransformer(**SMALL_VAE),
