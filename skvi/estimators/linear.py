@@ -1,16 +1,14 @@
 """Bayesian linear regression with the noise, the weights and their precisions learnt jointly."""
 
-import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 from scipy import sparse
 from scipy.special import stdtrit
 from sklearn.base import RegressorMixin, TransformerMixin
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import r2_score
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
@@ -18,20 +16,28 @@ from torch import Tensor
 from skvi.estimators._base import (
     Door,
     VariationalEstimator,
+    as_arrays,
+    as_tensors,
     check_count,
+    check_reach,
     to_host,
     to_numpy,
     weighted_mean,
     without_weightless,
 )
 from skvi.estimators._compat import Interval, StrOptions, check_feature_names_in, fit_context
+from skvi.estimators._precisions import (
+    fitted_units,
+    group_of_features,
+    prior_of_precisions,
+    scale_of_groups,
+)
 from skvi.inference.loop import Solution, climb
 from skvi.inference.monitor import Monitor, Status
 from skvi.models.linear import evidence, predictive, stream
 from skvi.models.linear.climb import (
     Prior,
     State,
-    WeightPrior,
     evaluate,
     improve,
     noise_shape,
@@ -46,25 +52,16 @@ from skvi.models.linear.reduction import (
     provisional_mean,
     reduce_rows,
     reduce_to_units,
-    root_scale,
 )
 from skvi.models.linear.sparse import SparseRows, canonical, reduce_sparse_rows, sparse_moments
 from skvi.models.linear.weights import covariance, variances
 from skvi.models.terms import ElboTerms
-from skvi.runtime.blocks import Affine, Rows, block_rows, power_of_two, row_slices
+from skvi.runtime.blocks import Affine, Rows, block_rows, row_slices
 from skvi.runtime.moments import weighted_moments
 from skvi.runtime.random import draw_seed, make_rng
 
-Record = TypeVar("Record")
 # The rows in fitted units; these units and the spreads in them, of X and of y.
 Reduced = tuple[Statistics, tuple[Affine, np.ndarray], tuple[Affine, np.ndarray]]
-
-
-def _map_record(convert: Callable[[Any], Any], record: Record) -> Record:
-    """Apply `convert` to the arrays of a nested NamedTuple; numbers and None stay."""
-    if isinstance(record, tuple):
-        return type(record)(*(_map_record(convert, field) for field in record))
-    return convert(record) if isinstance(record, Tensor | np.ndarray) else record
 
 
 class _Model(NamedTuple):
@@ -390,15 +387,6 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         self._warn_unless_converged()
         return self
 
-    def _warn_unless_converged(self) -> None:
-        if not self.converged_:
-            warnings.warn(
-                f"The bound had not converged to tol={self.tol:g} nats per row after "
-                f"{self.n_iter_} passes; increase max_iter or tol.",
-                ConvergenceWarning,
-                stacklevel=4,  # past fit and its decorator, to the caller
-            )
-
     def _seen_rows(
         self, door: Door, sample_weight: Any
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -500,7 +488,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         elif model is not None:
             origin_x, origin_y = model.x.shift, model.y.shift
         if model is not None:
-            statistics = _as_tensors(model.statistics, device)
+            statistics = as_tensors(model.statistics, device)
             seen = stream.restore_summary(statistics, model.x, model.y)
         block = stream.summarise(
             _rows(X, Affine(origin_x, np.ones_like(origin_x)), device, weight),
@@ -511,7 +499,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         return block if seen is None else stream.merge(seen, block)
 
     def _fit(self, door: Door, statistics: Statistics, prior: Prior, x: Affine, y: Affine) -> None:
-        prior, group = _as_tensors(prior, door.device), self._group(len(x.scale))
+        prior, group = as_tensors(prior, door.device), self._group(len(x.scale))
         n_features, rank = statistics.basis.shape
         if prior.n_flat and rank < n_features:
             raise ValueError(
@@ -527,7 +515,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
                 "fit_intercept=False or a larger noise_shape."
             )
         # alpha has the units of x squared
-        scale_x = x.scale[np.unique(group, return_index=True)[1]]
+        scale_x = scale_of_groups(x, group)
         assert door.y is not None
         with np.errstate(over="ignore", under="ignore"):
             first = self._start(statistics, prior, scale_x)
@@ -537,37 +525,13 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
     def _group(self, n_features: int) -> np.ndarray:
         """Return which of the precisions 0, ..., H - 1 each feature has, shape (D,)."""
-        if self.groups is not None:
-            groups = np.asarray(self.groups)
-            if self.prior != "ridge":
-                raise ValueError(
-                    f'groups= is for prior="ridge", one precision a group; prior={self.prior!r} '
-                    "has no groups. Set groups=None."
-                )
-            if groups.shape != (n_features,):
-                raise ValueError(
-                    f"groups has shape {groups.shape}, but X has {n_features} features: give one "
-                    "label for each feature."
-                )
-            return np.unique(groups, return_inverse=True)[1]
-        one_each = self.prior in {"ard", "horseshoe", "flat"}
-        return np.arange(n_features) if one_each else np.zeros(n_features, dtype=np.intp)
+        return group_of_features(self.prior, self.groups, n_features)
 
     def _units(
         self, mean: np.ndarray, std: np.ndarray, group: np.ndarray
     ) -> tuple[Affine, np.ndarray]:
-        """Return the fitted units of the columns and their spread in these units.
-
-        The spread is the standard deviation `std`, or the root mean square without an intercept;
-        that of a constant column is the size of the constant, or one. The columns of a group have
-        the scale of the root mean square of their spreads, and that is what is returned, (H,).
-        """
-        spread = root_scale(std if self.fit_intercept else np.hypot(mean, std), group)
-        size = root_scale(np.abs(mean), group)
-        spread = np.where(spread > 0.0, spread, np.where(size > 0.0, size, 1.0))
-        scale = power_of_two(spread)
-        shift = mean if self.fit_intercept else np.zeros_like(mean)
-        return Affine(shift, scale[group]), spread / scale
+        """Return the fitted units of the columns and their spread in these units."""
+        return fitted_units(mean, std, group, intercept=self.fit_intercept)
 
     def _hyperparameters(
         self,
@@ -576,21 +540,16 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         group: np.ndarray,
     ) -> Prior:
         noise_rate = torch.as_tensor(self.noise_rate * spread_y**2)
-        if self.prior in {"fixed", "flat"}:
-            n_flat = len(group) if self.prior == "flat" else 0
-            return Prior(float(self.noise_shape), noise_rate, None, n_flat)
-        if self.prior == "horseshoe":
-            horseshoe = HorseshoePrior(float(self.global_scale), torch.as_tensor(spread_x**2))
-            return Prior(float(self.noise_shape), noise_rate, horseshoe)
-        weight_rate = torch.as_tensor(self.weight_rate / spread_x**2)
-        # one precision for all and one for each feature have their own ways
-        several = 1 < len(spread_x) < len(group)
-        weight = WeightPrior(
-            float(self.weight_shape),
-            weight_rate,
-            torch.as_tensor(group) if several else None,
+        weight = prior_of_precisions(
+            self.prior,
+            spread_x,
+            group,
+            weight_shape=self.weight_shape,
+            weight_rate=self.weight_rate,
+            global_scale=self.global_scale,
         )
-        return Prior(float(self.noise_shape), noise_rate, weight)
+        n_flat = len(group) if self.prior == "flat" else 0
+        return Prior(float(self.noise_shape), noise_rate, weight, n_flat)
 
     def _start(self, statistics: Statistics, prior: Prior, scale_x: np.ndarray) -> State:
         """Return the first state, from E[alpha] in fitted units, shape (M, H)."""
@@ -666,13 +625,13 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         state, single = solution.state, door.y.ndim == 1
         posterior = predictive.make_posterior(statistics, prior, state)
         noise_variance = to_numpy(predictive.noise_variance(posterior))
-        posterior, statistics = _as_arrays(posterior), _as_arrays(statistics)
+        posterior, statistics = as_arrays(posterior), as_arrays(statistics)
 
         mean, per_feature = posterior.factor.mean, y.scale[:, None] / x.scale
-        V_diag = to_numpy(variances(_as_tensors(posterior, "cpu").factor))  # (M, D)
+        V_diag = to_numpy(variances(as_tensors(posterior, "cpu").factor))  # (M, D)
         std = np.sqrt(V_diag) * np.sqrt(noise_variance)[:, None]
         group = self._group(len(x.scale))
-        scale_x = x.scale[np.unique(group, return_index=True)[1]]
+        scale_x = scale_of_groups(x, group)
         alpha = to_numpy(state.alpha)
         relevance = 1.0 - (alpha[:, group] if alpha.shape[1] > 1 else alpha) * V_diag
         alpha = alpha * scale_x * scale_x
@@ -717,7 +676,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             alpha=alpha,
             scale=to_numpy(state.scale),
             posterior=posterior,
-            prior=_as_arrays(prior),
+            prior=as_arrays(prior),
             statistics=statistics,
         )
 
@@ -730,7 +689,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         # hasattr and notebooks, which look at every attribute, pass over an AttributeError only
         self._require_variance(AttributeError)
         model = self._model
-        posterior = _as_tensors(model.posterior, "cpu")
+        posterior = as_tensors(model.posterior, "cpu")
         scale = predictive.noise_variance(posterior).sqrt()[:, None, None]
         per_feature = torch.as_tensor(model.y.scale[:, None] / model.x.scale)  # (M, D)
         root = scale * per_feature[:, :, None]
@@ -750,8 +709,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
                 "has no closed form or low-dimensional integral; it does for prior='ridge' "
                 "without groups, 'fixed' and 'flat'."
             )
-        statistics = _as_tensors(model.statistics, "cpu")
-        in_fitted_units = evidence.log_evidence(statistics, _as_tensors(model.prior, "cpu"))
+        statistics = as_tensors(model.statistics, "cpu")
+        in_fitted_units = evidence.log_evidence(statistics, as_tensors(model.prior, "cpu"))
         return float(in_fitted_units.sum()) - statistics.n_observed * model.y.log_abs_det
 
     @property
@@ -804,10 +763,10 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             std = self._per_row(door, lambda q, x: predictive.variance(q, x).sqrt())
             return mean, self._squeeze(scale * std)
         if return_cov:
-            posterior = _as_tensors(self._model.posterior, door.device)
+            posterior = as_tensors(self._model.posterior, door.device)
             x, _ = _rows(door.X, self._model.x, door.device)[slice(None)]
             cov = to_numpy(predictive.covariance(posterior, x)) * scale[:, None, None] ** 2
-            _check_reach(cov)
+            check_reach(cov)
             return mean, cov[0] if self._model.single else cov
         return mean
 
@@ -921,7 +880,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         n_samples = check_count(n_samples, "n_samples")
         door = self._door(X, reset=False)
         rng = make_rng(draw_seed(random_state))
-        posterior = _as_tensors(self._model.posterior, door.device)
+        posterior = as_tensors(self._model.posterior, door.device)
         lines = predictive.draw_lines(posterior, n_samples, rng)
         if not bool(lines.noise_scale.isfinite().all()):
             raise ValueError(
@@ -1052,7 +1011,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     ) -> np.ndarray:
         """Apply ``function(posterior, x[, y]) -> (B, M, ...)`` to blocks of rows."""
         model = self._model
-        posterior = _as_tensors(model.posterior, door.device)
+        posterior = as_tensors(model.posterior, door.device)
         floats = predictive.floats_per_row(posterior) + extra * len(model.y.scale)
         rows = _rows(door.X, model.x, door.device)
         pieces = []
@@ -1061,7 +1020,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             targets = () if y is None else (y[block][0],)
             pieces.append(to_numpy(function(posterior, x, *targets)))
         values = np.concatenate(pieces)
-        _check_reach(values)
+        check_reach(values)
         return values
 
     def _log_density(self, X: Any, y: Any, function: Callable[..., Tensor]) -> np.ndarray:
@@ -1102,20 +1061,3 @@ def _log_units_of_flat(prior: Prior, x: Affine, y: Affine) -> float:
     if not prior.n_flat:
         return 0.0
     return prior.n_flat * y.log_abs_det - len(y.scale) * x.log_abs_det
-
-
-def _as_tensors(record: Record, device: torch.device | str) -> Record:
-    return _map_record(lambda array: torch.as_tensor(array, device=device), record)
-
-
-def _as_arrays(record: Record) -> Record:
-    """Return a record of NumPy arrays, which share their memory with tensors on the CPU."""
-    return _map_record(lambda tensor: tensor.cpu().numpy(), record)
-
-
-def _check_reach(values: np.ndarray) -> None:
-    if not np.isfinite(values).all():
-        raise ValueError(
-            "Some rows lie so far from the training data that their squared distance leaves the "
-            "range of float64; check the units of X and y."
-        )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from skvi.runtime.blocks import Rows, block_rows, row_slices
+from skvi.runtime.linalg import add_products
 
 # Numbers in X up to which accuracy costs a few milliseconds only.
 _SMALL = 1 << 15
@@ -18,8 +19,6 @@ _DIGITS_TO_LOSE = 1e-4
 _SQUARES = (1e-200, 1e200)
 # Rows and numbers for a point near the middle.
 _SAMPLE_ROWS, _SAMPLE_FLOATS = 256, 1 << 16
-# Columns of a panel of a symmetric product: what the registers of a matrix product hold.
-_PANEL = 24
 
 
 class Statistics(NamedTuple):
@@ -210,7 +209,7 @@ def _multiply(x: Rows, y: Rows, intercept: bool) -> Scatter:
         block[:, -1] = 1.0
         if not uniform:
             block *= weight[rows].sqrt()[:, None]
-        _add_products(products, block.T, block)
+        add_products(products, block.T, block)
     if uniform:
         products *= weight[0]
     total = float(weight.sum())
@@ -254,19 +253,6 @@ def _reduce_scatter(
         centre_x=centre[:n_features],
         centre_y=centre[n_features:],
     )
-
-
-def _add_products(products: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add the lower triangle of the symmetric ``left right`` in place, panel by panel of rows.
-
-    In torch like everything else: beside its threads those of another library, which go on
-    spinning after each call, would make both several times slower.
-    """
-    columns = len(products)
-    width = _PANEL if columns <= 8 * _PANEL else 4 * _PANEL
-    for start in range(0, columns, width):
-        stop = min(start + width, columns)
-        products[start:stop, :stop].addmm_(left[start:stop], right[:, :stop])
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -370,7 +356,7 @@ def _axes_of_few_rows(rows: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tens
     None unless the rows are well conditioned, but for the direction that centring took.
     """
     products = rows.new_zeros(len(rows), len(rows))
-    _add_products(products, rows, rows.T)
+    add_products(products, rows, rows.T)
     spectrum, left = _eigh(products)
     rank = int((spectrum > _DIGITS_TO_LOSE * spectrum[0]).sum())
     zero = rank_tolerance(rows) * spectrum[0]

@@ -12,7 +12,7 @@ from skvi.models.linear.reduction import Statistics, rank_tolerance
 from skvi.runtime.linalg import inv_chol, log_det_from_chol
 
 # Cholesky factors keep eight digits of the identity below this.
-_EXTREME = 1e8
+EXTREME = 1e8
 
 
 class Weights(NamedTuple):
@@ -133,7 +133,7 @@ def _solve_shared(statistics: Statistics, alpha: Tensor) -> Weights:
 
 def _is_extreme(scaled: Tensor, failed: Tensor) -> bool:
     """Whether the rows outweigh the prior so far that ``I + ...`` has lost the I to rounding."""
-    return bool(failed.any()) or bool((scaled.diagonal(dim1=-2, dim2=-1) > _EXTREME).any())
+    return bool(failed.any()) or bool((scaled.diagonal(dim1=-2, dim2=-1) > EXTREME).any())
 
 
 def _own_precisions(squares: Tensor, mean: Tensor, relevance: Tensor, log_det: Tensor) -> Weights:
