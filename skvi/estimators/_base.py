@@ -151,7 +151,7 @@ class VariationalEstimator(BaseEstimator):
         if target:
             # y may hold integers: the target is a measurement, not a label.
             X, y = validate_data(
-                self, X, to_host(y), reset=reset, multi_output=True, y_numeric=True, **params
+                self, X, to_host(y), reset=reset, y_numeric=True, **{"multi_output": True, **params}
             )
             y = np.asarray(y, dtype=np.float64)
             _check_range(y, "y")

@@ -1,6 +1,7 @@
 """Row blocks: a pass over data is a loop over blocks that fit the cache or the device."""
 
 from collections.abc import Iterator
+from copy import copy
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -151,6 +152,14 @@ class Rows:
         if self._resident is None:
             return torch.from_numpy(np.array(self._weight[rows], dtype=np.float64))
         return self._resident[1][rows]
+
+    def reweighted(self, weight: Tensor) -> "Rows":
+        """Return the same rows, in the same memory, with other weights (N,) on their device."""
+        other = copy(self)
+        other._weight = weight.cpu().numpy()
+        if self._resident is not None:
+            other._resident = self._resident[0], weight
+        return other
 
     def fill(self, rows: slice, out: Tensor) -> None:
         """Write the rows of a slice in fitted units to `out` (B, D), without another copy."""

@@ -39,6 +39,7 @@ MIXTURES += [
     for algorithm in ("memoized", "svi")
 ]
 LINEARS = [BayesianLinearVI(prior=prior) for prior in ("ridge", "ard", "fixed", "horseshoe")]
+LINEARS += [BayesianLinearVI(noise="student_t")]
 LOGISTICS = [BayesianLogisticVI(prior=prior) for prior in ("ridge", "ard", "horseshoe")]
 # The checks' data are real numbers, which not every likelihood can explain.
 AUTOENCODERS = [

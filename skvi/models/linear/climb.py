@@ -138,8 +138,8 @@ def evaluate(
     E_noise = gamma.mean(shape, rate)
     E_log_noise = gamma.expected_log(shape, rate)
 
-    total, relevance = statistics.total, weights.relevance.sum(-1)
-    log_lik = 0.5 * (total * (E_log_noise - LOG_2PI) - E_noise * weights.squares - relevance)
+    n_rows, relevance = statistics.n_rows, weights.relevance.sum(-1)
+    log_lik = 0.5 * (n_rows * (E_log_noise - LOG_2PI) - E_noise * weights.squares - relevance)
     kl = 0.5 * (E_noise * penalty - relevance + weights.log_det)
     kl = kl + 0.5 * prior.n_flat * (E_log_noise - LOG_2PI)
     # the laws of all precisions, so that their divergences are one call
@@ -147,7 +147,7 @@ def evaluate(
     laws = [tuple(part[:, None] for part in (shape, rate, shape0, rate0))]
     if statistics.intercept:
         log_lik = log_lik - 0.5
-        kl = kl + 0.5 * (E_log_noise + math.log(total) - LOG_2PI - 1.0)
+        kl = kl + 0.5 * (E_log_noise + math.log(statistics.total) - LOG_2PI - 1.0)
     if isinstance(prior.weight, HorseshoePrior):
         kl = kl + horseshoe.divergence(prior.weight, alpha, scale)
     elif prior.weight is not None:

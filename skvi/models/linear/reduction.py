@@ -44,6 +44,8 @@ class Statistics(NamedTuple):
     centre_x : Tensor of shape (D,)
     centre_y : Tensor of shape (M,)
         Weighted means in fitted units; zero without an intercept.
+    row_count : float, optional
+        Number of rows, if the weights hold precisions as well and `total` is no number of rows.
     """
 
     total: float
@@ -54,11 +56,17 @@ class Statistics(NamedTuple):
     residual: Tensor
     centre_x: Tensor
     centre_y: Tensor
+    row_count: float | None = None
+
+    @property
+    def n_rows(self) -> float:
+        """How many rows there are; each says one thing about the noise, whatever its weight."""
+        return self.total if self.row_count is None else self.row_count
 
     @property
     def n_observed(self) -> float:
         """Rows left for the noise once the flat intercept has taken its share."""
-        return self.total - float(self.intercept)
+        return self.n_rows - float(self.intercept)
 
 
 class Scatter(NamedTuple):
