@@ -1,21 +1,41 @@
 """BayesianLinearVI beside BayesianRidge, ARDRegression, and the matrix products it cannot avoid."""
 
+import subprocess
+import sys
+import tempfile
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from scipy.stats import norm
 from sklearn.linear_model import ARDRegression, BayesianRidge
+from sklearn.preprocessing import StandardScaler
 
-from benchmarks.common import Report, seconds
+from benchmarks.common import DATA, Report, seconds
 from skvi import BayesianLinearVI
 
-SIZES = [(10_000, 100), (200_000, 50), (300, 3000), (20_000, 1000)]
+# (prior, rows, features, kind of rows)
+CASES = [
+    ("ridge", 10_000, 100, ""),
+    ("ard", 10_000, 100, ""),
+    ("ridge", 200_000, 50, ""),
+    ("ard", 200_000, 50, ""),
+    ("ridge", 200_000, 50, "float32"),
+    ("ridge", 200_000, 50, "offset 1e6"),
+    ("ridge", 200_000, 50, "noise 1e-6"),
+    ("ridge", 300, 3000, ""),
+    ("ridge", 20_000, 1000, ""),
+]
+PEERS = {"ridge": BayesianRidge, "ard": ARDRegression}
+LEVEL = 0.9
 
 
-def regression(n: int, p: int) -> tuple[np.ndarray, np.ndarray]:
+def regression(n: int, p: int, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     X = rng.normal(size=(n, p))
     weights = rng.normal(size=p) * (rng.random(p) < 0.3)
-    return X, X @ weights + rng.normal(size=n)
+    return X, X @ weights + noise * rng.normal(size=n)
 
 
 def gram_and_eigenvalues(X: np.ndarray, y: np.ndarray) -> None:
@@ -24,20 +44,131 @@ def gram_and_eigenvalues(X: np.ndarray, y: np.ndarray) -> None:
     X.T @ y
 
 
-def run(report: Report, *, quick: bool) -> None:
+def speed(report: Report, cases: list[tuple[str, int, int, str]]) -> None:
     rows = []
-    for n, p in SIZES[:2] if quick else SIZES:
-        X, y = regression(n, p)
-        limit = seconds(partial(gram_and_eigenvalues, X, y))
-        ours = seconds(partial(BayesianLinearVI(device="cpu").fit, X, y))
-        peer = seconds(partial(BayesianRidge().fit, X, y))
-        rows.append(["ridge", f"{n} x {p}", peer, ours, peer / ours, ours / limit])
-        if p <= 100:
-            ours = seconds(partial(BayesianLinearVI(prior="ard", device="cpu").fit, X, y))
-            peer = seconds(partial(ARDRegression().fit, X, y))
-            rows.append(["ard", f"{n} x {p}", peer, ours, peer / ours, ours / limit])
+    for prior, n, p, kind in cases:
+        X, y = regression(n, p, noise=1e-6 if kind == "noise 1e-6" else 1.0)
+        X = X + 1e6 if kind == "offset 1e6" else X
+        limit = seconds(partial(gram_and_eigenvalues, X, y), 5)
+        X = X.astype(np.float32) if kind == "float32" else X
+        ours = seconds(partial(BayesianLinearVI(prior=prior, device="cpu").fit, X, y), 5)
+        peer = seconds(partial(PEERS[prior]().fit, X, y))
+        rows.append([prior, f"{n} x {p}", kind, limit, peer, ours, peer / ours, ours / limit])
     report.table(
         "Seconds per fit",
-        ["prior", "n x p", "scikit-learn", "skvi", "ratio", "times Gram + eigen limit"],
+        [
+            "prior", "n x p", "kind", "Gram + eigen", "scikit-learn", "skvi", "ratio",
+            "times Gram + eigen",
+        ],
+        rows,
+    )  # fmt: skip
+
+
+_MEMORY_SCRIPT = """
+import sys
+import numpy as np
+from skvi import BayesianLinearVI
+def status(name):  # of this process alone: ru_maxrss begins with the peak of the parent
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+warm_up = np.random.default_rng(0).normal(size=(2000, 50))
+BayesianLinearVI(device="cpu").fit(warm_up, warm_up[:, 0])  # what loading the libraries costs
+before = status("VmRSS")
+X = np.load(sys.argv[1], mmap_mode="r" if sys.argv[2] == "memmap" else None)
+BayesianLinearVI(device="cpu").fit(X, X[:, 0] - X[:, 1])
+print(status("VmHWM") - before)
+"""
+
+
+def memory(report: Report, n: int) -> None:
+    if not Path("/proc/self/status").exists():
+        print("\nPeak memory is measured on Linux only.")
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "X.npy"
+        stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.float64, shape=(n, 50))
+        for start in range(0, n, 100_000):
+            part = stored[start : start + 100_000]
+            part[:] = np.random.default_rng(start).normal(size=part.shape)
+        stored.flush()
+        del stored
+        size = n * 50 * 8 / 1e6
+        for kind in ("array", "memmap"):
+            command = [sys.executable, "-c", _MEMORY_SCRIPT, str(path), kind]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            # A mapped file's pages count as resident too, until the system wants them back.
+            peak = int(done.stdout) * 1024 / 1e6
+            rows.append([kind, f"{n} x 50", size, peak, peak - size])
+    report.table(
+        "Peak memory of a fit, MB",
+        ["input", "size", "input MB", "peak above an idle process", "beyond the input"],
         rows,
     )
+
+
+def splits(data: Any, n_train: int | None) -> Any:
+    """Yield standardised ``(X_train, y_train, X_test, y_test)`` of the usual splits."""
+    X, y = data["X"], data["y"].ravel()
+    for i in range(int(data["n_splits"])):
+        test = data[f"test_{i}"]
+        train = np.setdiff1d(np.arange(len(X)), test)
+        if n_train is not None:
+            train = np.random.default_rng(i).choice(train, n_train, replace=False)
+        scaler = StandardScaler().fit(X[train])
+        yield scaler.transform(X[train]), y[train], scaler.transform(X[test]), y[test]
+
+
+def held_out(report: Report, sizes: list[int | None]) -> None:
+    """Score the two priors and their peers on the same rows."""
+    scores, gains = [], []
+    for path in sorted((DATA / "uci").glob("*.npz")):
+        data = np.load(path, allow_pickle=False)
+        for n_train in sizes:
+            found: dict[str, list[list[float]]] = {}
+            n_rows = 0
+            for X, y, X_test, y_test in splits(data, n_train):
+                n_rows = len(X)
+                for prior, peer_class in PEERS.items():
+                    ours = BayesianLinearVI(prior=prior, device="cpu").fit(X, y)
+                    error = ours.predict(X_test) - y_test
+                    low, high = ours.predict_interval(X_test, LEVEL).T
+                    covered = np.mean((low <= y_test) & (y_test <= high))
+                    density = ours.log_predictive(X_test, y_test).mean()
+                    found.setdefault(f"skvi {prior}", []).append(
+                        [density, np.sqrt(np.mean(error**2)), covered]
+                    )
+                    peer = peer_class().fit(X, y)
+                    mean, std = peer.predict(X_test, return_std=True)
+                    reach = norm.ppf(0.5 + LEVEL / 2) * std
+                    found.setdefault(peer_class.__name__, []).append(
+                        [
+                            norm.logpdf(y_test, mean, std).mean(),
+                            np.sqrt(np.mean((mean - y_test) ** 2)),
+                            np.mean(np.abs(mean - y_test) <= reach),
+                        ]
+                    )
+            for name, values in found.items():
+                scores.append([path.stem, n_rows, name, *np.mean(values, axis=0).tolist()])
+            for prior, peer_class in PEERS.items():
+                gain = np.subtract(found[f"skvi {prior}"], found[peer_class.__name__])[:, 0]
+                # of the splits, which share rows: a rough measure
+                error = gain.std(ddof=1) / np.sqrt(len(gain))
+                gains.append([path.stem, n_rows, prior, float(gain.mean()), float(error)])
+    report.table(
+        f"Held-out rows of the UCI splits; intervals of {LEVEL:.0%}",
+        ["data", "training rows", "model", "log density per row", "RMSE", "coverage"],
+        scores,
+    )
+    report.table(
+        "Gain in log density per row over the peer with the same prior",
+        ["data", "training rows", "prior", "gain", "standard error"],
+        gains,
+    )
+
+
+def run(report: Report, *, quick: bool) -> None:
+    speed(report, CASES[:3] if quick else CASES)
+    memory(report, 100_000 if quick else 1_000_000)
+    if (DATA / "uci").exists():
+        held_out(report, [None] if quick else [None, 40])

@@ -6,8 +6,15 @@ every constant: ``score(X)`` is the mean bound of a row, never above its log pre
 
 from skvi.estimators.gmm import VariationalGMM
 from skvi.estimators.linear import BayesianLinearVI
+from skvi.estimators.logistic import BayesianLogisticVI
 from skvi.estimators.vae import VAETransformer
 
-__all__ = ["BayesianLinearVI", "VAETransformer", "VariationalGMM", "__version__"]
+__all__ = [
+    "BayesianLinearVI",
+    "BayesianLogisticVI",
+    "VAETransformer",
+    "VariationalGMM",
+    "__version__",
+]
 
 __version__ = "0.1.0"

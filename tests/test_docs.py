@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from skvi.estimators import gmm, linear, vae
+from skvi.estimators import gmm, linear, logistic, vae
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["mixture", "autoencoder", "linear"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["mixture", "autoencoder", "linear", "logistic"])
 def test_readme(block, capsys):
     assert len(block.strip().splitlines()) <= 18
     exec(compile(block, str(README), "exec"), {})
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [gmm, linear, vae], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [gmm, linear, logistic, vae], ids=lambda module: module.__name__)
 def test_docstring_examples(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

@@ -1,5 +1,7 @@
 """Special functions arranged so that nearly equal arguments keep their digits."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,14 @@ def log_gamma_divergence(x0: Tensor, x: Tensor) -> Tensor:
         + (y0 - y) * _digamma_rest(y)
     )  # fmt: skip
     return torch.where(both_large, series, direct)
+
+
+def log_gamma_excess(x: Tensor) -> Tensor:
+    """``log Gamma(x) - (x log x - x)`` for x of any size."""
+    y = x.clamp_min(_LARGE)
+    series = _stirling_rest(y) - 0.5 * y.log() + 0.5 * math.log(2.0 * math.pi)
+    direct = torch.lgamma(x) - (torch.xlogy(x, x) - x)
+    return torch.where(x > _LARGE, series, direct)
 
 
 def log_gamma_ratio(x: Tensor, step: Tensor | float) -> Tensor:

@@ -1,18 +1,23 @@
 """What the estimators share: the door where data come in, weights, and the score."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 
 from skvi.estimators._compat import check_sample_weight
 from skvi.runtime.device import resolve_device
+
+Record = TypeVar("Record")
 
 # Squares, their sums and the ratios of scales stay far from overflow inside this range.
 LARGEST_VALUE = 1e152
@@ -26,7 +31,7 @@ class Door(NamedTuple):
     X : ndarray of shape (N, D)
         float64 or float32, finite.
     y : ndarray or None
-        float64, finite, where the call takes a target.
+        Where the call takes one: a target (float64, finite) or labels.
     device : torch.device
         Where the call computes.
     """
@@ -70,6 +75,32 @@ def without_weightless(weight: np.ndarray, *arrays: Any) -> tuple[Any, ...]:
     return *(array[kept] for array in arrays), weight[kept]
 
 
+def map_record(convert: Callable[[Any], Any], record: Record) -> Record:
+    """Apply `convert` to the arrays of a nested NamedTuple; numbers and None stay."""
+    if isinstance(record, tuple):
+        return type(record)(*(map_record(convert, field) for field in record))
+    return convert(record) if isinstance(record, torch.Tensor | np.ndarray) else record
+
+
+def as_tensors(record: Record, device: torch.device | str) -> Record:
+    """Return a nested NamedTuple with its arrays as tensors on `device`."""
+    return map_record(lambda array: torch.as_tensor(array, device=device), record)
+
+
+def as_arrays(record: Record) -> Record:
+    """Return a record of NumPy arrays, which share their memory with tensors on the CPU."""
+    return map_record(lambda tensor: tensor.cpu().numpy(), record)
+
+
+def check_reach(values: np.ndarray) -> None:
+    """Raise a ValueError if what was computed of new rows is not finite."""
+    if not np.isfinite(values).all():
+        raise ValueError(
+            "Some rows lie so far from the training data that their squared distance leaves the "
+            "range of float64; check the units of X and y."
+        )
+
+
 class VariationalEstimator(BaseEstimator):
     """Base class: input validation with a device, sample weights, and nothing else.
 
@@ -83,6 +114,8 @@ class VariationalEstimator(BaseEstimator):
         *,
         reset: bool,
         target: bool = False,
+        check_values: bool = True,
+        labels: bool = False,
         **check_params: Any,
     ) -> Door:
         """Validate what came in and decide where to compute.
@@ -91,11 +124,16 @@ class VariationalEstimator(BaseEstimator):
         ----------
         X : array-like or torch.Tensor of shape (N, D)
         y : array-like of shape (N,) or (N, M)
-            Only looked at with ``target=True``.
+            Only looked at with ``target=True`` or ``labels=True``.
         reset : bool
             True in fit, False elsewhere: feature names and count must then match.
         target : bool, default=False
             Whether y is a numeric target of the call.
+        check_values : bool, default=True
+            False leaves it to the caller to notice a NaN or a number out of range in X, and to
+            come back: looking for them takes one pass over X each.
+        labels : bool, default=False
+            Whether y names the classes of the rows.
         **check_params
             Passed on to :func:`sklearn.utils.validation.validate_data`.
 
@@ -108,17 +146,23 @@ class VariationalEstimator(BaseEstimator):
         device = resolve_device(self.device, X)
         X = to_host(X)
         params: dict[str, Any] = {"dtype": [np.float64, np.float32], **check_params}
+        if not check_values:
+            params["ensure_all_finite"] = False
         if target:
             # y may hold integers: the target is a measurement, not a label.
             X, y = validate_data(
-                self, X, to_host(y), reset=reset, multi_output=True, y_numeric=True, **params
+                self, X, to_host(y), reset=reset, y_numeric=True, **{"multi_output": True, **params}
             )
             y = np.asarray(y, dtype=np.float64)
             _check_range(y, "y")
+        elif labels:
+            X, y = validate_data(self, X, to_host(y), reset=reset, **params)
+            check_classification_targets(y)
         else:
             X = validate_data(self, X, reset=reset, **params)
             y = None
-        _check_range(X, "X")
+        if check_values:
+            _check_range(X, "X")
         return Door(X, y, device)
 
     @contextmanager
@@ -131,6 +175,16 @@ class VariationalEstimator(BaseEstimator):
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
+
+    def _warn_unless_converged(self) -> None:
+        """Warn at the end of a fit whose passes ran out; `tol` is in nats per row."""
+        if not self.converged_:
+            warnings.warn(
+                f"The bound had not converged to tol={self.tol:g} nats per row after "
+                f"{self.n_iter_} passes; increase max_iter or tol.",
+                ConvergenceWarning,
+                stacklevel=4,  # past fit and its decorator, to the caller
+            )
 
     def _weights(self, sample_weight: Any, X: np.ndarray) -> np.ndarray:
         """Return validated float64 sample weights of shape (N,): non-negative, not all zero.

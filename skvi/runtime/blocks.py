@@ -1,6 +1,7 @@
 """Row blocks: a pass over data is a loop over blocks that fit the cache or the device."""
 
 from collections.abc import Iterator
+from copy import copy
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -171,6 +172,34 @@ class Rows:
             return self._convert(rows)
         x, weight = self._resident
         return x[rows], weight[rows]
+
+    def weights(self, rows: slice) -> Tensor:
+        """Return the weights (B,) of the rows of a slice."""
+        if self._resident is None:
+            return torch.from_numpy(np.array(self._weight[rows], dtype=np.float64))
+        return self._resident[1][rows]
+
+    def reweighted(self, weight: Tensor) -> "Rows":
+        """Return the same rows, in the same memory, with other weights (N,) on their device."""
+        other = copy(self)
+        other._weight = weight.cpu().numpy()
+        if self._resident is not None:
+            other._resident = self._resident[0], weight
+        return other
+
+    def fill(self, rows: slice, out: Tensor) -> None:
+        """Write the rows of a slice in fitted units to `out` (B, D), without another copy."""
+        if self._resident is not None:
+            out.copy_(self._resident[0][rows])
+            return
+        x, shift, scale = self._X[rows], self._affine.shift, self._affine.scale
+        # torch takes all threads, but neither read-only memory nor negative strides
+        if x.flags.writeable and min(x.strides) >= 0:
+            torch.sub(torch.from_numpy(x), torch.from_numpy(shift), out=out)
+        else:
+            np.subtract(x, shift, out=out.numpy())
+        if (scale != 1.0).any():
+            out /= torch.from_numpy(scale)
 
     def present(self, x: Tensor) -> Any:
         """Return rows that were read as whoever works on them takes them: here as they are."""

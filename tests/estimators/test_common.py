@@ -19,7 +19,7 @@ from sklearn.utils import estimator_checks
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
-from skvi import BayesianLinearVI, VAETransformer, VariationalGMM
+from skvi import BayesianLinearVI, BayesianLogisticVI, VAETransformer, VariationalGMM
 
 # Small networks and few steps: the checks ask about the contract, not about the fit; so the
 # warning that a fit has not converged is expected of them.
@@ -40,6 +40,8 @@ MIXTURES += [
     for algorithm in ("memoized", "svi")
 ]
 LINEARS = [BayesianLinearVI(prior=prior) for prior in ("ridge", "ard", "fixed", "horseshoe")]
+LINEARS += [BayesianLinearVI(noise="student_t")]
+LOGISTICS = [BayesianLogisticVI(prior=prior) for prior in ("ridge", "ard", "horseshoe")]
 # The checks' data are real numbers, which not every likelihood can explain.
 AUTOENCODERS = [
     VAETransformer(**SMALL_VAE),
@@ -53,7 +55,9 @@ AUTOENCODERS = [
     VAETransformer(**SMALL_VAE, prior="vamp", n_prior_components=3, n_importance=3),
     VAETransformer(**SMALL_VAE, encoder=nn.Linear, decoder=nn.Linear),
 ]
-ALL = [MIXTURES[0], LINEARS[0], AUTOENCODERS[0]]
+ALL = [MIXTURES[0], LINEARS[0], LOGISTICS[0], AUTOENCODERS[0]]
+# which need a target
+SUPERVISED = (BayesianLinearVI, BayesianLogisticVI)
 
 _WEIGHTS_AND_BATCHES = (
     "minibatches of repeated rows are other minibatches than those of weighted rows"
@@ -70,7 +74,7 @@ def _expected_failures(estimator):
 
 
 @parametrize_with_checks(
-    [*MIXTURES, *LINEARS, *AUTOENCODERS],
+    [*MIXTURES, *LINEARS, *LOGISTICS, *AUTOENCODERS],
     expected_failed_checks=_expected_failures,
     xfail_strict=True,
 )
@@ -113,6 +117,7 @@ def test_grid_search_in_a_pipeline_with_two_processes(estimator):
     name, values = {
         "VariationalGMM": ("n_components", [1, 3]),
         "BayesianLinearVI": ("prior", ["ridge", "ard"]),
+        "BayesianLogisticVI": ("prior", ["ridge", "ard"]),
         "VAETransformer": ("n_components", [1, 2]),
     }[type(estimator).__name__]
     pipeline = make_pipeline(StandardScaler(), clone(estimator).set_params(device="cpu"))
@@ -145,7 +150,7 @@ def test_set_output_and_feature_names(estimator, container):
 def test_metadata_routing_carries_sample_weight(estimator):
     X, y = _data(estimator)
     weight = np.random.default_rng(0).uniform(0.5, 2.0, size=len(X))
-    target = (y,) if isinstance(estimator, BayesianLinearVI) else (None,)
+    target = (y,) if isinstance(estimator, SUPERVISED) else (None,)
     with sklearn.config_context(enable_metadata_routing=True):
         routed = clone(estimator).set_fit_request(sample_weight=True)
         routed.set_score_request(sample_weight=True)
@@ -195,4 +200,4 @@ def test_the_global_state_of_numpy_and_torch_is_untouched(estimator):
 @pytest.mark.parametrize("X", [np.empty((0, 3)), np.empty((3, 0)), np.zeros(3)])
 def test_empty_or_flat_data_are_refused(estimator, X):
     with pytest.raises(ValueError, match=r"minimum of|Expected 2D"):
-        clone(estimator).fit(X, np.zeros(len(X)))
+        clone(estimator).fit(X, np.arange(len(X)) % 2)

@@ -138,25 +138,60 @@ def evaluate(
     E_noise = gamma.mean(shape, rate)
     E_log_noise = gamma.expected_log(shape, rate)
 
-    total, relevance = statistics.total, weights.relevance.sum(-1)
-    log_lik = 0.5 * (total * (E_log_noise - LOG_2PI) - E_noise * weights.squares - relevance)
+    n_rows, relevance = statistics.n_rows, weights.relevance.sum(-1)
+    log_lik = 0.5 * (n_rows * (E_log_noise - LOG_2PI) - E_noise * weights.squares - relevance)
     kl = 0.5 * (E_noise * penalty - relevance + weights.log_det)
     kl = kl + 0.5 * prior.n_flat * (E_log_noise - LOG_2PI)
-    kl = kl + gamma.kl(shape, rate, torch.full_like(rate, prior.noise_shape), prior.noise_rate)
+    # the laws of all precisions, so that their divergences are one call
+    shape0, rate0 = torch.full_like(rate, prior.noise_shape), prior.noise_rate
+    laws = [tuple(part[:, None] for part in (shape, rate, shape0, rate0))]
     if statistics.intercept:
         log_lik = log_lik - 0.5
-        kl = kl + 0.5 * (E_log_noise + math.log(total) - LOG_2PI - 1.0)
+        kl = kl + 0.5 * (E_log_noise + math.log(statistics.total) - LOG_2PI - 1.0)
     if isinstance(prior.weight, HorseshoePrior):
         kl = kl + horseshoe.divergence(prior.weight, alpha, scale)
     elif prior.weight is not None:
-        shape0 = torch.full_like(alpha, prior.weight.shape)
         size = group_size(statistics, prior, alpha)
-        shape_alpha = shape0 + size / 2.0
-        rate_alpha = shape_alpha / alpha
-        log_excess = shape_alpha.log() - torch.digamma(shape_alpha)  # log E[alpha] - E[log alpha]
-        kl = kl + 0.5 * (size * log_excess).sum(-1)
-        kl = kl + gamma.kl(shape_alpha, rate_alpha, shape0, prior.weight.rate).sum(-1)
+        excess, law = _precision_law(prior.weight, alpha, size)
+        kl = kl + excess
+        laws.append(law)
+    kl = kl + gamma.kl(*(torch.cat(part, dim=1) for part in zip(*laws, strict=True))).sum(1)
     return State(alpha, scale, weights, rate, log_lik, kl)
+
+
+def precision_divergence(
+    prior: WeightPrior | HorseshoePrior, alpha: Tensor, scale: Tensor, size: Tensor
+) -> Tensor:
+    """Return what learnt precisions add to KL(q || p), shape (M,), beyond known ones.
+
+    Parameters
+    ----------
+    prior : WeightPrior or HorseshoePrior
+    alpha : Tensor of shape (M, H)
+        E[alpha].
+    scale : Tensor of shape (M,)
+        E[gamma] of the horseshoe.
+    size : Tensor of shape (H,)
+        How many features share each precision.
+    """
+    if isinstance(prior, HorseshoePrior):
+        return horseshoe.divergence(prior, alpha, scale)
+    excess, law = _precision_law(prior, alpha, size)
+    return excess + gamma.kl(*law).sum(-1)
+
+
+def _precision_law(
+    prior: WeightPrior, alpha: Tensor, size: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return what KL(w) gains by not knowing the precisions, (M,), and their laws.
+
+    The laws are shape and rate of q and of p, (M, H) each; their divergences come on top.
+    """
+    shape0 = torch.full_like(alpha, prior.shape)
+    shape = shape0 + size / 2.0
+    log_excess = shape.log() - torch.digamma(shape)  # log E[alpha] - E[log alpha]
+    law = (shape, shape / alpha, shape0, prior.rate.expand_as(alpha))
+    return 0.5 * (size * log_excess).sum(-1), law
 
 
 def start(statistics: Statistics, prior: Prior) -> Tensor:

@@ -8,6 +8,10 @@ For a row x with :math:`\delta = x - \bar x`:
 
 where 1/n is there only with an intercept. Source: Drugowitsch (2013), arXiv:1310.5438, the
 predictive density of the linear model, with the intercept's share. Everything is in fitted units.
+
+With Student-t noise of :math:`\nu` degrees of freedom, a new row has a precision
+:math:`u \sim \mathrm{Gam}(\nu/2, \nu/2)` of its own, and the 1 of :math:`1 + k` becomes 1/u: see
+:mod:`skvi.distributions.scale_mixture`.
 """
 
 import math
@@ -15,9 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
-from skvi.distributions import gamma, student_t
+from skvi.distributions import gamma, scale_mixture, student_t
 from skvi.distributions.normal import LOG_2PI
 from skvi.models.linear.climb import Prior, State, noise_shape
 from skvi.models.linear.reduction import Statistics
@@ -37,7 +42,9 @@ class Posterior(NamedTuple):
     centre_x : Tensor of shape (D,)
     centre_y : Tensor of shape (M,)
     intercept_variance : Tensor of shape ()
-        1/n, or 0 without an intercept.
+        1/n, or 0 without an intercept; n is the sum of the rows' precisions if they have some.
+    noise_dof : Tensor of shape (), optional
+        Degrees of freedom of Student-t noise; None for Gaussian noise.
     """
 
     factor: Factor
@@ -46,9 +53,12 @@ class Posterior(NamedTuple):
     centre_x: Tensor
     centre_y: Tensor
     intercept_variance: Tensor
+    noise_dof: Tensor | None = None
 
 
-def make_posterior(statistics: Statistics, prior: Prior, state: State) -> Posterior:
+def make_posterior(
+    statistics: Statistics, prior: Prior, state: State, noise_dof: float | None = None
+) -> Posterior:
     """Collect what predictions need from the end of a climb."""
     shared = 1.0 / statistics.total if statistics.intercept else 0.0
     alpha = state.alpha if prior.group is None else state.alpha[:, prior.group]
@@ -59,6 +69,7 @@ def make_posterior(statistics: Statistics, prior: Prior, state: State) -> Poster
         centre_x=statistics.centre_x,
         centre_y=statistics.centre_y,
         intercept_variance=torch.full_like(state.noise_rate[0], shared),
+        noise_dof=None if noise_dof is None else torch.full_like(state.noise_rate[0], noise_dof),
     )
 
 
@@ -80,15 +91,48 @@ def leverage(posterior: Posterior, x: Tensor) -> Tensor:
     return posterior.intercept_variance + (posterior.factor.outer[:, None].square() * squares).T
 
 
-def expected_log_lik(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
-    """Return ``E_q[log p(y | x, w, b, beta)]`` (B, M) of rows x (B, D) and outputs y (B, M).
+def expected_square(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
+    """Return ``e = E_q[beta (y - x'w - b)^2] = E[beta] (y - mu)^2 + k``, shape (B, M)."""
+    E_noise = gamma.mean(posterior.noise_shape, posterior.noise_rate)
+    error = (y - mean(posterior, x)) * E_noise.sqrt()
+    return error.square() + leverage(posterior, x)
 
-    ``1/2 (E log beta - log 2 pi) - 1/2 (E[beta] (y - mu)^2 + k)``
+
+def local_bound(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
+    """Return the bound on ``E_q[log p(y | x, w, b, beta)]`` (B, M) of rows x and outputs y (B, M).
+
+    ``1/2 (E log beta - log 2 pi - e)``, exact, with Gaussian noise; with Student-t noise and the
+    best q(u) of each row the log density of that law at the square e, see
+    :mod:`skvi.models.linear.robust`.
     """
-    shape, rate = posterior.noise_shape, posterior.noise_rate
-    E_log_noise = gamma.expected_log(shape, rate)
-    error = (y - mean(posterior, x)) * gamma.mean(shape, rate).sqrt()
-    return 0.5 * (E_log_noise - LOG_2PI - error.square() - leverage(posterior, x))
+    E_log_noise = gamma.expected_log(posterior.noise_shape, posterior.noise_rate)
+    square = expected_square(posterior, x, y)
+    if posterior.noise_dof is not None:
+        return student_t.log_density(square, -E_log_noise, posterior.noise_dof, 1)
+    return 0.5 * (E_log_noise - LOG_2PI - square)
+
+
+def row_precision(posterior: Posterior, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return shape () and rate (B, M) of q(u), the best one of each row; Student-t noise only.
+
+    ``Gam((nu + 1) / 2, (nu + e) / 2)``
+    """
+    assert posterior.noise_dof is not None
+    dof = posterior.noise_dof
+    return 0.5 * (dof + 1.0), 0.5 * (dof + expected_square(posterior, x, y))
+
+
+def precision_divergence(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
+    """Return ``KL(q(u) || p(u))`` of each row (B, M)."""
+    assert posterior.noise_dof is not None
+    shape, rate = row_precision(posterior, x, y)
+    half = 0.5 * posterior.noise_dof
+    return gamma.kl(shape, rate, half, half)
+
+
+def precision_entropy(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
+    """Return the entropy of q(u) of each row (B, M)."""
+    return gamma.entropy(*row_precision(posterior, x, y))
 
 
 def scale(posterior: Posterior, x: Tensor) -> Tensor:
@@ -98,11 +142,34 @@ def scale(posterior: Posterior, x: Tensor) -> Tensor:
 
 
 def log_predictive(posterior: Posterior, x: Tensor, y: Tensor) -> Tensor:
-    """Return the log predictive density (B, M), a Student-t with ``2 a`` degrees of freedom."""
+    """Return the log predictive density (B, M).
+
+    A Student-t with ``2 a`` degrees of freedom, or a mixture of those.
+    """
+    if posterior.noise_dof is not None:
+        width = (posterior.noise_rate / posterior.noise_shape).sqrt()
+        error = (y - mean(posterior, x)) / width
+        return -width.log() + scale_mixture.log_density(
+            error.square(),
+            leverage(posterior, x),
+            dof=2.0 * float(posterior.noise_shape),
+            noise_dof=float(posterior.noise_dof),
+        )
     width = scale(posterior, x)
     error = (y - mean(posterior, x)) / width
     dof = 2.0 * posterior.noise_shape
     return student_t.log_density(error.square(), 2.0 * width.log(), dof, 1)
+
+
+def half_width(posterior: Posterior, x: Tensor, level: float) -> Tensor:
+    """Return how far the central interval of probability `level` reaches from mu, (B, M)."""
+    dof = 2.0 * float(posterior.noise_shape)
+    if posterior.noise_dof is None:
+        return float(stdtrit(dof, 0.5 + 0.5 * level)) * scale(posterior, x)
+    reach = scale_mixture.half_width(
+        level, leverage(posterior, x), dof=dof, noise_dof=float(posterior.noise_dof)
+    )
+    return (posterior.noise_rate / posterior.noise_shape).sqrt() * reach
 
 
 def noise_variance(posterior: Posterior) -> Tensor:
@@ -113,7 +180,14 @@ def noise_variance(posterior: Posterior) -> Tensor:
 
 def variance(posterior: Posterior, x: Tensor) -> Tensor:
     """Return the predictive variances (B, M)."""
-    return noise_variance(posterior) * (1.0 + leverage(posterior, x))
+    return noise_variance(posterior) * (_spread_of_noise(posterior) + leverage(posterior, x))
+
+
+def _spread_of_noise(posterior: Posterior) -> Tensor | float:
+    """``E[1 / u] = nu / (nu - 2)``, infinite if nu <= 2; 1 with Gaussian noise."""
+    if posterior.noise_dof is None:
+        return 1.0
+    return posterior.noise_dof / (posterior.noise_dof - 2.0).clamp(min=0.0)
 
 
 def covariance(posterior: Posterior, x: Tensor) -> Tensor:
@@ -121,7 +195,7 @@ def covariance(posterior: Posterior, x: Tensor) -> Tensor:
     seen, unseen = lengths(posterior.factor, x - posterior.centre_x)
     outer = posterior.factor.outer.square()[:, None, None]
     cov = outer * (seen @ seen.mT + unseen @ unseen.mT) + posterior.intercept_variance
-    cov.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    cov.diagonal(dim1=-2, dim2=-1).add_(_spread_of_noise(posterior))
     return noise_variance(posterior)[:, None, None] * cov
 
 
@@ -169,4 +243,8 @@ def draw_responses(
     """Return responses (B, M, S) at rows x (B, D), one for each of the drawn lines."""
     height = torch.einsum("bd,smd->bms", x - posterior.centre_x, lines.coef) + lines.centre.T
     noise = torch.as_tensor(rng.standard_normal(height.shape), dtype=x.dtype, device=x.device)
+    if posterior.noise_dof is not None:
+        half = 0.5 * float(posterior.noise_dof)
+        precision = rng.standard_gamma(half, size=height.shape) / half
+        noise = noise / torch.as_tensor(precision, dtype=x.dtype, device=x.device).sqrt()
     return height + noise * lines.noise_scale.T

@@ -51,8 +51,16 @@ class SparseRows(Rows):
         x = self.entries[rows].toarray().astype(np.float64)
         x -= self.affine.shift
         x /= self.affine.scale
+        return torch.from_numpy(x).to(self.device), self.weights(rows)
+
+    def weights(self, rows: slice | np.ndarray) -> Tensor:
+        """Return the weights (B,) of the rows of a slice or an index."""
         weight = np.array(self.weight[rows], dtype=np.float64)
-        return torch.from_numpy(x).to(self.device), torch.from_numpy(weight).to(self.device)
+        return torch.from_numpy(weight).to(self.device)
+
+    def fill(self, rows: slice, out: Tensor) -> None:
+        """Write the rows of a slice in fitted units to `out` (B, D)."""
+        out.copy_(self[rows][0])
 
 
 def canonical(X: Any) -> Any:
@@ -149,6 +157,7 @@ def reduce_sparse_rows(x: SparseRows, y: Rows, *, intercept: bool) -> Statistics
     return from_gram(
         to_device(gram),
         to_device(project(outputs)),
+        to_device(np.square(outputs).sum(axis=0)),
         errors,
         total=total,
         intercept=intercept,

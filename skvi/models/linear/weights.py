@@ -12,7 +12,7 @@ from skvi.models.linear.reduction import Statistics, rank_tolerance
 from skvi.runtime.linalg import inv_chol, log_det_from_chol
 
 # Cholesky factors keep eight digits of the identity below this.
-_EXTREME = 1e8
+EXTREME = 1e8
 
 
 class Weights(NamedTuple):
@@ -133,7 +133,7 @@ def _solve_shared(statistics: Statistics, alpha: Tensor) -> Weights:
 
 def _is_extreme(scaled: Tensor, failed: Tensor) -> bool:
     """Whether the rows outweigh the prior so far that ``I + ...`` has lost the I to rounding."""
-    return bool(failed.any()) or bool((scaled.diagonal(dim1=-2, dim2=-1) > _EXTREME).any())
+    return bool(failed.any()) or bool((scaled.diagonal(dim1=-2, dim2=-1) > EXTREME).any())
 
 
 def _own_precisions(squares: Tensor, mean: Tensor, relevance: Tensor, log_det: Tensor) -> Weights:
@@ -234,7 +234,7 @@ def _span_rounding(statistics: Statistics, singular: Tensor) -> Tensor:
 def variances(factor: Factor) -> Tensor:
     """Return the diagonal of V, shape (M, D)."""
     squares = factor.basis.square()  # (M or 1, D, R)
-    seen = (squares * factor.gain[:, None, :]).sum(-1)
+    seen = (squares @ factor.gain[:, :, None])[..., 0]
     unseen = (1.0 - squares.sum(-1)).clamp(min=0.0) if _has_null_space(factor) else 0.0
     return (factor.outer[:, None] * factor.inner).square() * (seen + unseen)
 
