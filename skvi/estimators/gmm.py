@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -10,7 +9,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import numpy as np
 import torch
 from sklearn.base import ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_array, check_is_fitted
 
 from skvi.estimators._base import (
@@ -454,15 +452,6 @@ class VariationalGMM(
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
             raise ValueError(_EXTREME) from error
         self.n_samples_seen_ = float(weight.sum())
-
-    def _warn_unless_converged(self) -> None:
-        if not self.converged_:
-            warnings.warn(
-                f"The bound had not converged to tol={self.tol:g} nats per row after "
-                f"{self.n_iter_} passes; increase max_iter or tol.",
-                ConvergenceWarning,
-                stacklevel=4,  # past the decorator, to the caller of fit
-            )
 
     def _fit_cold(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
         affine = self._fitted_units(X, weight)
