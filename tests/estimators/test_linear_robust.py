@@ -30,12 +30,12 @@ def _robust(**params):
 
 # Options that the common checks do not meet.
 @parametrize_with_checks(
-    [_robust(prior="ard", noise_dof=None, max_iter=5), _robust(fit_intercept=False, max_iter=5)],
+    [_robust(prior="ard", noise_dof=None, fit_intercept=False, max_iter=5)],
     xfail_strict=True,
 )
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_scikit_learn(estimator, check):
-    if estimator.noise_dof is None and "transform" in str(check):
+    if "transform" in str(check):
         pytest.skip("noise that is found to have no variance has no columns to transform to")
     check(estimator)
 
@@ -43,13 +43,16 @@ def test_scikit_learn(estimator, check):
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("noise_dof", [3.0, None])
 @pytest.mark.parametrize("fit_intercept", [True, False])
-@pytest.mark.parametrize(("n", "n_outliers"), [(60, 6), (4, 1)])
-def test_elbo_is_the_score_minus_the_price(prior, noise_dof, fit_intercept, n, n_outliers, rng):
+@pytest.mark.parametrize(("n", "n_outliers"), [(30, 3), (4, 1)])
+def test_elbo_is_the_score_minus_the_price(
+    prior, noise_dof, fit_intercept, n, n_outliers, rng, device
+):
     X, y = _data(rng, n, n_outliers)
     y = 1e3 * y
     weight = rng.integers(1, 4, size=n).astype(float)
-    model = _robust(prior=prior, noise_dof=noise_dof, fit_intercept=fit_intercept)
-    model.fit(X, y, sample_weight=weight)
+    model = _robust(
+        prior=prior, noise_dof=noise_dof, fit_intercept=fit_intercept, tol=1e-9, device=device
+    ).fit(X, y, sample_weight=weight)
     values = model.score_samples(X, y)
     assert model.elbo_ == pytest.approx(weight @ values - model.kl_, rel=1e-9)
     assert model.elbo_history_[-1] == model.elbo_
@@ -68,7 +71,7 @@ def test_elbo_is_the_score_minus_the_price(prior, noise_dof, fit_intercept, n, n
     repeated = clone(model).fit(
         np.repeat(X, weight.astype(int), 0), np.repeat(y, weight.astype(int))
     )
-    assert repeated.elbo_ == pytest.approx(model.elbo_, rel=1e-8)
+    assert repeated.elbo_ == pytest.approx(model.elbo_, rel=1e-7)
     np.testing.assert_allclose(repeated.coef_, model.coef_, rtol=1e-3, atol=1e-3)
 
 
@@ -131,9 +134,9 @@ def test_the_answer_scales_with_the_units(fit_intercept, rng):
 # -- new rows -------------------------------------------------------------------------------------
 
 
-def test_predictions_describe_the_draws(rng):
+def test_predictions_describe_the_draws(rng, device):
     X, y = _data(rng, 30, 3)
-    model = _robust(noise_dof=5.0).fit(X, y)
+    model = _robust(noise_dof=5.0, device=device).fit(X, y)
     x = np.vstack([X[:2], [[3.0, 3.0, 3.0, 40.0]]])
     draws = model.sample_y(x, n_samples=40_000)
     mean, std = model.predict(x, return_std=True)
@@ -158,7 +161,7 @@ def test_the_predictive_density_integrates_to_its_intervals(rng):
     low, high = model.predict_interval(x, 0.9)[0]
     centre, reach = (low + high) / 2, (high - low) / 2
     assert centre == pytest.approx(float(model.predict(x)[0]))
-    t = np.linspace(-45.0, 45.0, 6001)
+    t = np.linspace(-45.0, 45.0, 2001)
     nodes = centre + reach * np.sinh(t)
 
     def mass(inside):
