@@ -1,8 +1,11 @@
-"""VAETransformer beside a plain DataLoader loop, and beside linear densities."""
+"""VAETransformer beside a plain DataLoader loop, pythae if it is installed, and linear densities."""
 
+import importlib.util
 import itertools
 import json
+import logging
 import math
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +26,13 @@ from benchmarks.common import DATA, RESULTS, Report
 from skvi import VAETransformer
 from skvi.estimators import vae as module
 
+PYTHAE = importlib.util.find_spec("pythae") is not None
+LABELS = {
+    "loop": "DataLoader loop, float32",
+    "pythae": "pythae's trainer, float32",
+    "float32": "skvi, float32",
+    "bfloat16": "skvi, bfloat16",
+}
 LEVELS = (-120, -110, -105, -100, -95, -90, -88)
 
 
@@ -97,6 +107,58 @@ def plain_epoch(
     return total / len(loader.dataset)
 
 
+def pythae_epochs(X: np.ndarray, batch_size: int, n_epochs: int) -> tuple[list[float], PlainVAE]:
+    """Train the same network by pythae's trainer; return seconds of each epoch and the network."""
+    from pythae.data.datasets import BaseDataset
+    from pythae.models import VAE, VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+
+    logging.getLogger("pythae").setLevel(logging.ERROR)
+    plain = PlainVAE((512,), 16, nn.ReLU)
+
+    class Encoder(BaseEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = plain.encoder
+
+        def forward(self, x: Tensor) -> ModelOutput:
+            mean, log_var = self.layers(x).chunk(2, dim=1)
+            return ModelOutput(embedding=mean, log_covariance=log_var)
+
+    class Decoder(BaseDecoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = plain.decoder
+
+        def forward(self, z: Tensor) -> ModelOutput:
+            return ModelOutput(reconstruction=self.layers(z).sigmoid())
+
+    times: list[float] = []
+
+    class Timed(BaseTrainer):
+        def train_step(self, epoch: int) -> Any:
+            since = time.perf_counter()
+            loss = super().train_step(epoch)
+            times.append(time.perf_counter() - since)
+            return loss
+
+    config = VAEConfig(input_dim=(784,), latent_dim=16, reconstruction_loss="bce")
+    model = VAE(config, encoder=Encoder(), decoder=Decoder())
+    with tempfile.TemporaryDirectory() as folder:
+        settings = BaseTrainerConfig(
+            output_dir=folder,
+            num_epochs=n_epochs,
+            learning_rate=1e-3,
+            per_device_train_batch_size=batch_size,
+            no_cuda=True,
+        )
+        data = BaseDataset(torch.from_numpy(X), torch.zeros(len(X)))
+        Timed(model, train_dataset=data, training_config=settings).train()
+    return times, plain
+
+
 # -- rows per second ------------------------------------------------------------------------------
 
 
@@ -133,6 +195,10 @@ def throughput(report: Report, *, n_rows: int, n_epochs: int) -> None:
             times.setdefault(precision, []).extend(np.diff(stamps)[1:])
             return vae
 
+        def held_out(network: PlainVAE) -> float:
+            with torch.no_grad():
+                return float(network.bound(torch.from_numpy(X_test))) / len(X_test)
+
         model = PlainVAE((512,), 16, nn.ReLU)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         data = TensorDataset(torch.from_numpy(X))
@@ -143,12 +209,16 @@ def throughput(report: Report, *, n_rows: int, n_epochs: int) -> None:
                 since = time.perf_counter()
                 plain_epoch(model, optimizer, loader)
                 seconds.setdefault("loop", []).append(time.perf_counter() - since)
-            scores = {name: ours(name).score(X_test) for name in ("float32", "bfloat16")}
+            scores = {"loop": held_out(model)}
+            if PYTHAE:
+                times, network = pythae_epochs(X, batch_size, n_epochs)
+                seconds.setdefault("pythae", []).extend(times[1:])
+                scores["pythae"] = held_out(network)
+            scores |= {name: ours(name).score(X_test) for name in ("float32", "bfloat16")}
         rates = {name: n_rows / min(times) for name, times in seconds.items()}
-        rows.append([batch_size, "DataLoader loop, float32", rates["loop"], 1.0, float("nan")])
         for name, score in scores.items():
             ratio = rates[name] / rates["loop"]
-            rows.append([batch_size, f"skvi, {name}", rates[name], ratio, score])
+            rows.append([batch_size, LABELS[name], rates[name], ratio, score])
     report.table(
         "Training rows per second, 784-512-16-512-784, ReLU, Bernoulli, Adam (skvi with its "
         f"linear path: 5% more arithmetic), best epoch; held-out ELBO after {n_epochs} epochs",
