@@ -47,6 +47,8 @@ _SINGULAR = 1e-13
 # Below this the default covariance_prior is shrunk. Not "just enough", to 1e-8, say: squared
 # distances in such a direction would keep half their digits and drown everything else.
 _NEARLY_SINGULAR = 1e-8
+# Statistics of a stream know the bound to six digits down to this eigenvalue.
+_DRIFTED = 1e-11
 # Rows further from the training data than this, in units of their spread, have no finite square.
 _LARGEST_FITTED = 1e150
 # After a move, a climb stops at this many nats per row; the last one goes on to `tol`.
@@ -90,6 +92,8 @@ class _Model(NamedTuple):
         """Return posterior and prior as tensors on `device`."""
 
         def to_tensor(array: np.ndarray) -> torch.Tensor:
+            # Memory-mapped models are read-only, which torch cannot say of a tensor.
+            array = array if array.flags.writeable else array.copy()
             return torch.as_tensor(array, device=device)
 
         return self.posterior.map(to_tensor), self.prior.map(to_tensor)
@@ -186,10 +190,10 @@ class VariationalGMM(
           process prefer that.
 
         Where no component is empty, a birth is paired with a merge or a deletion. A move is kept
-        only if a pass over all rows finds a higher bound, so the bound is never below that of
-        ``moves=None`` with the same `random_state`. The search ends when every proposal of a
-        round has failed; a round costs one pass to look for proposals (on a sample of the rows
-        where they exceed 32 MB), about as much again for trial splits, and at most four passes
+        only if a pass over all rows finds a higher bound, so the bound of the first summit is never
+        lost. The search ends when every proposal of a round has failed. A round looks for proposals
+        on a sample of at most 8 MB of rows and responsibilities, where it fits small mixtures to
+        the rows of each component (which `max_iter` does not count), and makes at most four passes
         for each of at most nine proposals.
     device : str or torch.device, default="auto"
         "auto": the device of X if it is a tensor, else CUDA if there is one, else the CPU. An
@@ -252,7 +256,8 @@ class VariationalGMM(
         no row is visited twice.
         A search for moves that `max_iter` cut short at a converged state counts as converged.
     n_samples_seen_ : float
-        Sum of the sample weights of all rows of the last `fit` and of `partial_fit` since.
+        Sum of the sample weights of all rows with something observed, of the last `fit` and of
+        `partial_fit` since.
     n_features_in_ : int
     feature_names_in_ : ndarray of shape (n_features_in_,)
         Only if X had feature names that are all strings.
@@ -494,10 +499,10 @@ class VariationalGMM(
         X, weight = without_weightless(weight, door.X)
         if has_missing(X):
             X, weight = _without_empty(X, weight)
-            if not len(X):
-                return  # rows with nothing observed say nothing
         affine = self._model.affine
         rows, posterior, prior, hyper = self._resume("partial_fit", X, weight, door.device)
+        if not len(X):
+            return  # rows with nothing observed say nothing
         moments, local = bound.expectation(posterior, rows)
         block = bound.share(posterior, moments, local - _change_of_units(rows, weight, affine))
         seen = self._model.share.map(lambda array: torch.as_tensor(array, device=door.device))
@@ -510,6 +515,14 @@ class VariationalGMM(
         value = total.bound(posterior, prior)
         if not np.isfinite(value):
             raise ValueError(_EXTREME)
+        if self.covariance_type in {"full", "tied"}:
+            scales = to_numpy(posterior.components.inverse_scale())
+            if min(_correlation_eigenvalues(scale)[0] for scale in scales) < _DRIFTED:
+                raise ValueError(
+                    "The block lies so far from the rows before it, in units of their spread, that "
+                    "a covariance of all rows has too few digits left. Check the units of X, or "
+                    "fit anew."
+                )
         history = [*self.elbo_history_, value]
         state = State(posterior, total.moments)
         self._publish(Solution(state, history, Status.MAX_ITER), prior, hyper, affine)
@@ -603,16 +616,27 @@ class VariationalGMM(
                 except torch.linalg.LinAlgError:
                     return  # what cannot be predicted is not tried
 
+            def climb_on(state: State, tol: float) -> Solution[State]:
+                n_kept = monitor.n_iter
+                try:
+                    higher = ascend_from(state, tol)
+                except torch.linalg.LinAlgError:
+                    del monitor.history[n_kept:]  # the state they belonged to is lost
+                    return Solution(state, monitor.history, Status.CONVERGED)
+                # What was reached before the bound left the finite numbers stays.
+                failed = higher.status is Status.NON_FINITE
+                return higher._replace(status=Status.CONVERGED) if failed else higher
+
             solution = search(
                 solution,
                 proposals,
                 attempt,
-                lambda state: ascend_from(state, max(self.tol, _ROUGH_TOL)),
+                lambda state: climb_on(state, max(self.tol, _ROUGH_TOL)),
                 max_iter=self.max_iter,
                 monitor=monitor,
             )
             if solution.bound > summit and monitor.n_iter < self.max_iter:
-                solution = ascend_from(solution.state, self.tol)
+                solution = climb_on(solution.state, self.tol)
         if solution.status is Status.NON_FINITE:
             raise ValueError(_EXTREME)
         return solution
@@ -887,7 +911,7 @@ class VariationalGMM(
         self.degrees_of_freedom_ = float(dof[0]) if self.covariance_type == "tied" else dof
         weights = np.exp(to_numpy(posterior.weights.log_mean()[0]))
         self.weights_ = weights / weights.sum()
-        parameters = tuple(vars(self._model.posterior.weights).values())
+        parameters = tuple(array.copy() for array in vars(self._model.posterior.weights).values())
         self.weight_concentration_ = parameters[0] if len(parameters) == 1 else parameters
         counts = posterior.weights.counts(prior.weights)
         self.n_active_components_ = int((counts > EMPTY).sum())
@@ -1150,7 +1174,8 @@ class VariationalGMM(
         """Return the positions of features given by position or name."""
         D = self.n_features_in_
         names = list(getattr(self, "feature_names_in_", []))
-        wanted = [targets] if isinstance(targets, str | Integral) else list(targets)
+        single = isinstance(targets, str) or not np.iterable(targets)
+        wanted = [targets] if single else list(targets)
         index = []
         for target in wanted:
             if isinstance(target, str) and target in names:

@@ -543,6 +543,7 @@ def test_fits_over_active_components_end_with_a_full_pass(
     params = {"covariance_type": covariance_type, "n_components": 6, "max_iter": max_iter}
     monkeypatch.setattr("skvi.models.mixture.active._LONG_PRODUCT", long_product)
     monkeypatch.setattr("skvi.models.mixture.active._WORTHWHILE_PRODUCT", 1)
+    monkeypatch.setattr("skvi.models.mixture.active._FEWEST_ROWS", 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         restricted = _fit(X, **params)
@@ -559,6 +560,7 @@ def test_fits_over_active_components_end_with_a_full_pass(
 
 def test_memory_decides_whether_rows_are_kept(X, monkeypatch):
     monkeypatch.setattr("skvi.models.mixture.active._WORTHWHILE_PRODUCT", 1)
+    monkeypatch.setattr("skvi.models.mixture.active._FEWEST_ROWS", 1)
     monkeypatch.setattr("skvi.runtime.blocks._RESIDENT_BYTES", 100)
     monkeypatch.setattr("skvi.models.mixture.active.AlternatingAscent", None)
     assert _fit(X).converged_

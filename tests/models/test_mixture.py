@@ -678,6 +678,7 @@ def always_restricted(request, monkeypatch):
         ("_LARGEST_SHARE_OF_ROWS", 1.0),
         ("_LARGEST_SHARE_OF_PAIRS", 1.0),
         ("_LONG_PRODUCT", 0 if request.param == "pairs" else np.inf),
+        ("_STEADY", np.inf),
     ):
         monkeypatch.setattr(active, name, value)
 

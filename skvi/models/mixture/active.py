@@ -13,6 +13,7 @@ what it returns is a lower bound still, and it rises by itself. What it gives aw
 `negligible` nats for each pair left out.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,8 +31,11 @@ from skvi.models.mixture.components import Components, Moments, add_to
 from skvi.models.mixture.missing import IncompleteRows
 from skvi.runtime.blocks import Rows, block_rows
 
-# Restricted passes between two full ones.
+# Restricted passes between two full ones, which begin when a pass raises the bound by less than so
+# many nats per row: responsibilities of clusters that still form are one-hot too, in many features,
+# and those that are left out then would freeze what has to move.
 _PERIOD = 7
+_STEADY = 1e-2
 # A pair costs about twice as much as an element of the full pass's products, and its gathering.
 _LARGEST_SHARE_OF_PAIRS = 0.2
 # A row that is visited costs a little more than in a full pass.
@@ -39,6 +43,7 @@ _LARGEST_SHARE_OF_ROWS = 0.8
 # From this many multiplications a row in a product, leaving out rows is worth the noting; and
 # from so many, choosing pairs costs less than the products of all.
 _WORTHWHILE_PRODUCT = 1000
+_FEWEST_ROWS = 10_000
 _LONG_PRODUCT = 5000
 # The table of pairs and their lists may take this many bytes.
 _PAIRS_BYTES = 1 << 26
@@ -60,7 +65,7 @@ def pays(rows: Rows, shape: type[Components], n_components: int) -> bool:
     if isinstance(rows, IncompleteRows):
         return False
     long = _product(shape, n_components, rows.n_features) >= _WORTHWHILE_PRODUCT
-    return long and rows.kept and rows.device.type == "cpu"
+    return long and rows.n_rows >= _FEWEST_ROWS and rows.kept and rows.device.type == "cpu"
 
 
 def _product(shape: type[Components], n_components: int, n_features: int) -> int:
@@ -127,6 +132,8 @@ class AlternatingAscent:
         self._needed = torch.empty(N, K, dtype=torch.bool) if self._in_pairs else None
         self._x, self._weight = rows[slice(None)]  # (N, D), (N,)
         self._focus: _Focus | None = None
+        self._steady = _STEADY * float(self._weight.sum())
+        self._bound = -math.inf
         self._n_steps = 0
         self._n_restricted = _PERIOD  # begin with a full pass
         self.looked_at_everything = False
@@ -150,14 +157,19 @@ class AlternatingAscent:
             moments, local = self._full_pass(posterior)
         else:
             moments, local = self._restricted_pass(posterior, self._focus)
+        bound = local - float(posterior.kl(self._prior))
         self._n_restricted = 0 if full else self._n_restricted + 1
+        if not bound - self._bound < self._steady:
+            self._n_restricted = _PERIOD  # the next one is full
+        self._bound = bound
         self.looked_at_everything = full
-        return State(posterior, moments), local - float(posterior.kl(self._prior))
+        return State(posterior, moments), bound
 
     def restart(self, max_iter: int) -> None:
         """Begin with a full pass from another state; the step of number `max_iter` is full too."""
         self._n_steps = 0
         self._max_iter = max_iter
+        self._bound = -math.inf
         self.look_at_everything()
 
     def look_at_everything(self) -> None:

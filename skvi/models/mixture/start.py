@@ -104,8 +104,10 @@ def sample_rows(rows: Rows, rng: np.random.Generator, most: int) -> tuple[np.nda
     # Repeated rows count as often as their weight says, so this branches alike for both.
     if max(total, rows.n_rows) > most:
         points = (np.arange(most) + offset) * (total / most)
-        order = order[_invert(cumulative, points)]
-        seed_weight = np.full(most, total / most)
+        # A row that was drawn several times stands once, with the weight of all its draws.
+        drawn, times = np.unique(_invert(cumulative, points), return_counts=True)
+        order = order[drawn]
+        seed_weight = times * (total / most)
     else:
         seed_weight = weight[order]
     return filled(rows[order][0]).cpu().numpy(), seed_weight
