@@ -1,4 +1,4 @@
-"""VAETransformer beside a plain DataLoader loop, pythae if it is installed, and linear densities."""
+"""VAETransformer beside a plain DataLoader loop, pythae (if installed), and linear densities."""
 
 import importlib.util
 import itertools

@@ -171,6 +171,15 @@ def test_rows_are_never_dense_all_at_once(shape, monkeypatch):
     assert made.cells < 0.5 * X.shape[0] * X.shape[1]
 
 
+def test_every_device(counts, device):
+    thin = sparse.csr_array(counts)
+    for likelihood in ("poisson", "gaussian"):
+        vae = _short(likelihood=likelihood, device=device, prior="vamp", n_prior_components=3)
+        dense, other = _fit(clone(vae), counts), _fit(clone(vae), thin)
+        assert other.elbo_ == pytest.approx(dense.elbo_, rel=1e-5)
+        np.testing.assert_allclose(other.transform(thin), other.transform(counts), rtol=1e-9)
+
+
 def test_repeated_entries_are_summed_and_stored_zeros_are_zeros(counts):
     thin = sparse.csr_array(counts)
     where = sparse.coo_array(np.ones_like(counts))
