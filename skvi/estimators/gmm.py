@@ -191,7 +191,7 @@ class VariationalGMM(
         ``moves=None`` with the same `random_state`. The search ends when every proposal of a
         round has failed; a round costs one pass to look for proposals (on a sample of the rows
         where they exceed 32 MB), about as much again for trial splits, and at most four passes
-        for each of at most nine proposals.
+        for each of at most nine proposals, or twelve for "full" and "tied" with missing cells.
     device : str or torch.device, default="auto"
         "auto": the device of X if it is a tensor, else CUDA if there is one, else the CPU. An
         explicit device that is missing is an error.

@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from skvi import VariationalGMM
 from skvi.models.mixture import missing, start
-from skvi.models.mixture.moves import MOVES
+from skvi.models.mixture.moves import MOVES, Move
 
 SHAPES = ["full", "tied", "diag", "spherical"]
 LAWS = ["dirichlet_process", "dirichlet_distribution"]
@@ -187,6 +187,21 @@ def test_halves_of_a_cluster_are_merged_in_spite_of_holes(monkeypatch):
     assert plain.n_active_components_ == 5
     assert moved.n_active_components_ == 4
     assert moved.elbo_ > plain.elbo_ + 1.0
+    _check(moved, holed)
+
+
+def test_merges_are_tried_that_look_too_dear_with_many_holes(monkeypatch):
+    """The predicted gain is a lower bound, and far below zero here."""
+    X, truth = _planted((80, 80, 80, 80), n_noise=6)
+    holed = _holed(X, 0.3)
+    _start_from(monkeypatch, _halved(truth, X))
+    params = {"moves": ["merge", "reorder"]}
+    moved = _fit(holed, **params)
+    monkeypatch.setattr(Move, "doubt", 0.0)
+    trusting = _fit(holed, **params)
+    assert trusting.n_active_components_ == 5
+    assert moved.n_active_components_ == 4
+    assert moved.elbo_ > trusting.elbo_ + 10.0
     _check(moved, holed)
 
 

@@ -41,7 +41,7 @@ from skvi.models.mixture.bound import (
     floats_per_row,
     log_rho,
 )
-from skvi.models.mixture.components import Components, Moments, Tied
+from skvi.models.mixture.components import Components, Moments, Tied, Wishart
 from skvi.models.mixture.missing import Cells, IncompleteRows
 from skvi.models.mixture.start import (
     choose_centres,
@@ -88,11 +88,14 @@ class Move(NamedTuple):
     new : Moments
         About their own means; none after a deletion. For Tied the second moment is what is added
         to the scatter that all share.
+    doubt : float
+        What `gain` may lack, in nats: where cells are missing, that of a merge is a lower bound.
     """
 
     gain: float
     old: tuple[int, ...]
     new: Moments
+    doubt: float = 0.0
 
 
 class Survey(NamedTuple):
@@ -109,6 +112,8 @@ class Survey(NamedTuple):
         Entropy that would be lost if the two components of a pair were one, in nats.
     removal : Tensor of shape (K,)
         Loss of the local bound, in nats, if a component were not there.
+    completed : Tensor of shape (K,)
+        Weight of the cells that were completed under a component.
     """
 
     x: Tensor
@@ -116,6 +121,7 @@ class Survey(NamedTuple):
     members: list[tuple[Tensor, Tensor]]
     mixing: Tensor
     removal: Tensor
+    completed: Tensor
 
 
 class Proposals:
@@ -195,6 +201,15 @@ class Proposals:
         if len(together) > 2:
             yield together
         yield from (pair for _, pair in exchanges[:_N_SINGLE])
+        # Merges that may pay though a lower bound of their gain does not say so.
+        gains = [self.gain(moments, [move]) for move in merges]
+        doubtful = [
+            (gain + move.doubt, [move])
+            for gain, move in zip(gains, merges, strict=True)
+            if gain <= 0.0 < gain + move.doubt
+        ]
+        doubtful.sort(key=lambda pair: -pair[0])
+        yield from (chosen for _, chosen in doubtful[:_N_SINGLE])
         if deletions and -_DELETION_SLACK < deletions[0].gain <= 0.0:
             yield deletions[:1]
 
@@ -250,6 +265,7 @@ class Proposals:
         rows = self._rows(self._x, self._weight)
         mixing = torch.zeros(len(pairs), dtype=torch.float64)
         removal = torch.zeros(K, dtype=torch.float64)
+        completed = torch.zeros(K, dtype=torch.float64)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for where, x, weight in rows.blocks(floats_per_row(posterior.components) + 3 * len(pairs)):
             rho = log_rho(posterior, x)  # (K, B)
@@ -264,13 +280,15 @@ class Proposals:
             rest = rho.scatter(0, top, -torch.inf).logsumexp(0)
             loss.scatter_(0, top, (rest - total)[None])
             removal += loss @ weight
+            if isinstance(x, Cells) and isinstance(posterior.components, Wishart):
+                completed += resp @ (weight * (~x.observed).sum(-1))
             k, n = (resp > _SMALL).nonzero().T
             found.append((k, n + where.start, resp[k, n]))
         k, n, r = (torch.cat(parts) for parts in zip(*found, strict=True))
         order = k.argsort(stable=True)
         sizes = torch.bincount(k, minlength=K).tolist()
         members = list(zip(n[order].split(sizes), r[order].split(sizes), strict=True))
-        return Survey(self._x, self._weight, members, mixing, removal)
+        return Survey(self._x, self._weight, members, mixing, removal, completed)
 
     def _rows(self, x: Tensor, weight: Tensor) -> Rows:
         D = x.shape[-1]
@@ -286,7 +304,9 @@ class Proposals:
         evidence, merged = merge_gains(self._prior.components, moments, i, j)
         gain: list[float] = (evidence - survey.mixing).tolist()
         best = sorted(range(len(pairs)), key=lambda p: -gain[p])[: len(moments.counts)]
-        return [Move(gain[p], tuple(pairs[p].tolist()), _part(merged, p)) for p in best]
+        # Each row of a component that goes is completed anew: worth about a nat a cell.
+        doubt = torch.minimum(survey.completed[i], survey.completed[j]).tolist()
+        return [Move(gain[p], tuple(pairs[p].tolist()), _part(merged, p), doubt[p]) for p in best]
 
     def _deletions(
         self, posterior: Posterior, moments: Moments, full: Tensor, survey: Survey
