@@ -180,8 +180,7 @@ class VariationalGMM(
         "memoized" go on if it does not confirm.
     moves : "auto", None or list or tuple of str, default="auto"
         What is tried once the ascent has converged, to leave a local optimum. "auto" is all of
-        these, but only "reorder" with missing cells or algorithm="svi"; None (or an empty list)
-        is none:
+        these, but only "reorder" with algorithm="svi"; None (or an empty list) is none:
 
         * "merge" makes one component of two;
         * "delete" takes a component away, and its rows go to the others;
@@ -194,7 +193,7 @@ class VariationalGMM(
         lost. The search ends when every proposal of a round has failed. A round looks for proposals
         on a sample of at most 8 MB of rows and responsibilities, where it fits small mixtures to
         the rows of each component (which `max_iter` does not count), and makes at most four passes
-        for each of at most nine proposals.
+        for each of at most nine proposals, or twelve for "full" and "tied" with missing cells.
     device : str or torch.device, default="auto"
         "auto": the device of X if it is a tensor, else CUDA if there is one, else the CPU. An
         explicit device that is missing is an error.
@@ -461,7 +460,6 @@ class VariationalGMM(
     def _fit_cold(self, X: np.ndarray, weight: np.ndarray, device: torch.device) -> None:
         affine = self._fitted_units(X, weight)
         rows = _make_rows(X, affine, device, weight, keep=self._layout(X.shape[1]))
-        self._kinds_of_moves(rows)  # refused here, not by each start
         hyper = self._hyperparameters(rows, affine, float(weight.sum()))
         prior = self._prior(hyper, affine, device)
         rng = make_rng(draw_seed(self.random_state))
@@ -605,7 +603,7 @@ class VariationalGMM(
             return solution
 
         solution = ascend_from(state, self.tol)
-        kinds = self._kinds_of_moves(rows) - {"reorder"}
+        kinds = self._kinds_of_moves() - {"reorder"}
         if kinds and solution.status is Status.CONVERGED:
             summit = solution.bound
             propose = Proposals(prior, rows, kinds, rng)
@@ -641,8 +639,8 @@ class VariationalGMM(
             raise ValueError(_EXTREME)
         return solution
 
-    def _kinds_of_moves(self, rows: Rows | None = None) -> frozenset[str]:
-        """Return the moves to make; with `rows`, those that can be made with them."""
+    def _kinds_of_moves(self) -> frozenset[str]:
+        """Return the moves to make."""
         if self.moves is None:
             return frozenset()
         wanted = MOVES if isinstance(self.moves, str) else tuple(self.moves)
@@ -652,16 +650,14 @@ class VariationalGMM(
                 f'moves={self.moves!r} contains {unknown}; use "auto", None, or some of {MOVES}.'
             )
         kinds = frozenset(wanted)
-        obstacle = None
-        if isinstance(rows, IncompleteRows):
-            obstacle = "X has missing cells"
-        elif self.algorithm == "svi":
-            obstacle = 'steps of algorithm="svi" do not climb to a summit'
-        if obstacle is None or kinds <= {"reorder"}:
+        if self.algorithm != "svi" or kinds <= {"reorder"}:
             return kinds
         if isinstance(self.moves, str):
             return frozenset({"reorder"})
-        raise ValueError(f'moves={self.moves!r} cannot be made: {obstacle}. Use moves="auto".')
+        raise ValueError(
+            f'moves={self.moves!r} cannot be made: steps of algorithm="svi" do not climb to a '
+            'summit. Use moves="auto".'
+        )
 
     def _layout(self, n_features: int) -> Literal["rows", "columns"]:
         shape = COMPONENTS[self.covariance_type]

@@ -333,6 +333,10 @@ def test_bound_of_one_component_is_the_exact_evidence_of_the_cells(shape):
     problem = _problem(shape, "dirichlet_distribution", K=1, N=12)
     value = _climb(problem, 3)[1][-1]
     np.testing.assert_allclose(value, _log_evidence_of_cells(problem), rtol=1e-9)
+    prior = problem.prior.components
+    moments, _ = bound.expectation(_climb(problem, 1)[0].posterior, problem.rows)
+    found = float(prior.log_evidence(prior.update(moments)))
+    np.testing.assert_allclose(found, value, rtol=1e-11)
 
 
 @pytest.mark.parametrize("shape", ["full", "tied"])

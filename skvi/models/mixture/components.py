@@ -332,6 +332,14 @@ class Components(ABC):
         return normal.sum() + self.kl_precision(prior)
 
     @classmethod
+    def lever(cls, step: Tensor, seen: Tensor) -> Tensor:
+        """Second moments of weights `seen` at `step` (K, D) from the references, in this shape.
+
+        The weights are those of `Moments.seen`, (K, 1) or for Diag and Spherical (K, D).
+        """
+        return cls.scatter(step[:, None, :], seen)
+
+    @classmethod
     def merge(cls, first: Moments, second: Moments) -> Moments:
         r"""Return the statistics of both sets of rows, about their common means.
 
@@ -379,14 +387,16 @@ class Components(ABC):
             \log Z(q(\Lambda_k)) - \log Z(p(\Lambda_k))
             + \tfrac D2 \log(\kappa_0 / \kappa_k) - \tfrac{N_k D}2 \log 2\pi
 
-        which equals the components' part of the bound at the best posterior.
+        which equals the components' part of the bound at the best posterior. Where features have
+        their own counts of cells, the terms of kappa and N are the means over the features.
 
         Returns
         -------
         Tensor of shape (K,), or (1,) for Tied: one number for all.
         """
-        counts = posterior.kappa - self.kappa
-        mean = 0.5 * self.n_features * ((self.kappa / posterior.kappa).log() - counts * LOG_2PI)
+        kappa0, kappa = self.kappa_columns, posterior.kappa_columns  # (K, 1) or (K, D)
+        each = (kappa0 / kappa).log() - (kappa - kappa0) * LOG_2PI
+        mean = 0.5 * self.n_features * each.mean(-1)
         precision = posterior.log_normaliser() - self.log_normaliser()
         return precision + (mean if len(precision) == len(mean) else mean.sum(0, keepdim=True))
 
@@ -578,6 +588,10 @@ class Gamma(Components):
     @abstractmethod
     def pooled(cls, cells: Tensor) -> Tensor:
         """Add up a quantity per feature, (K, D), over the features that share a precision."""
+
+    @classmethod
+    def lever(cls, step: Tensor, seen: Tensor) -> Tensor:
+        return cls.pooled(seen * step.square())
 
     @abstractmethod
     def dof_update_of_cells(self, cells: Tensor) -> Tensor:

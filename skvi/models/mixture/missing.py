@@ -127,15 +127,22 @@ def added(moments: Moments | None, more: Moments) -> Moments:
     )
 
 
-def around(shape: type[Components], centres: Tensor) -> Components:
-    """Return components of unit precision around centres (K, D), to complete rows with."""
+def around(
+    shape: type[Components], centres: Tensor, covariance: Tensor | None = None
+) -> Components:
+    """Return components around centres (K, D), to complete rows with.
+
+    Those of Full and Tied have the `covariance` (D, D), or the identity.
+    """
     K, D = centres.shape
     one = torch.ones_like(centres[:, 0])
     if not issubclass(shape, Wishart):
         return shape(centres, one, one, torch.ones_like(centres) if shape is Diag else one)
     n_factors = 1 if shape is Tied else K
-    eye = torch.eye(D, dtype=centres.dtype, device=centres.device)
-    return shape(centres, one, one[:n_factors], eye.expand(n_factors, D, D))
+    root = torch.eye(D, dtype=centres.dtype, device=centres.device)
+    if covariance is not None:
+        root = torch.linalg.cholesky(covariance)
+    return shape(centres, one, one[:n_factors], root.expand(n_factors, D, D))
 
 
 class Batch(ABC):

@@ -12,6 +12,12 @@ of that component's rows. What these predict is what the next pass will find, or
 prediction that is exact costs one pass to carry out. Proposals are predicted on a sample where
 the rows are many; the caller keeps what a pass over all rows finds better.
 
+Where cells are missing, the statistics of Diag and Spherical count the cells of each feature, and
+all this holds as it stands. Those of Full and Tied are of rows completed under their own component.
+A merge that keeps the completions ``q(x_mis | z)`` makes one component's completion a mixture of
+two, whose entropy is at least the mean of theirs: what is predicted without that rise is a lower
+bound again.
+
 References: Ueda & Ghahramani (2002), Bayesian model search for mixture models based on optimizing
 variational bounds; Hughes & Sudderth (2013), Memoized online variational inference for Dirichlet
 process mixture models.
@@ -26,22 +32,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skvi.models.mixture import missing
 from skvi.models.mixture.bound import (
     Posterior,
     State,
     coordinate_ascent,
+    expectation,
     floats_per_row,
     log_rho,
 )
-from skvi.models.mixture.components import Components, Moments, Tied
-from skvi.models.mixture.start import sample_rows, start
+from skvi.models.mixture.components import Components, Moments, Tied, Wishart
+from skvi.models.mixture.missing import Cells, IncompleteRows
+from skvi.models.mixture.start import (
+    choose_centres,
+    nearest,
+    one_hot,
+    sample_rows,
+    statistics,
+)
 from skvi.runtime.blocks import Affine, Rows
 from skvi.runtime.linalg import inv_chol
 
 MOVES = ("merge", "delete", "birth", "reorder")
 
-# Proposals look at no more rows than fit into this many bytes.
-_SAMPLE_BYTES = 1 << 25
+# Proposals look at no more rows than fit into this many bytes with their responsibilities.
+_SAMPLE_BYTES = 1 << 23
 _SMALLEST_SAMPLE = 1000
 # A component with less weight than this, in rows, is an empty slot.
 EMPTY = 0.5
@@ -73,11 +88,14 @@ class Move(NamedTuple):
     new : Moments
         About their own means; none after a deletion. For Tied the second moment is what is added
         to the scatter that all share.
+    doubt : float
+        What `gain` may lack, in nats: where cells are missing, that of a merge is a lower bound.
     """
 
     gain: float
     old: tuple[int, ...]
     new: Moments
+    doubt: float = 0.0
 
 
 class Survey(NamedTuple):
@@ -86,6 +104,7 @@ class Survey(NamedTuple):
     Attributes
     ----------
     x : Tensor of shape (M, D)
+        NaN where cells are missing.
     weight : Tensor of shape (M,)
     members : list of (Tensor, Tensor)
         Per component the indices of its rows, and their responsibilities.
@@ -93,6 +112,8 @@ class Survey(NamedTuple):
         Entropy that would be lost if the two components of a pair were one, in nats.
     removal : Tensor of shape (K,)
         Loss of the local bound, in nats, if a component were not there.
+    completed : Tensor of shape (K,)
+        Weight of the cells that were completed under a component.
     """
 
     x: Tensor
@@ -100,6 +121,7 @@ class Survey(NamedTuple):
     members: list[tuple[Tensor, Tensor]]
     mixing: Tensor
     removal: Tensor
+    completed: Tensor
 
 
 class Proposals:
@@ -121,11 +143,14 @@ class Proposals:
         self, prior: Posterior, rows: Rows, kinds: Collection[str], rng: np.random.Generator
     ) -> None:
         self._device = rows.device
+        self._kind = type(rows)
         self._prior = prior.map(lambda array: array.cpu())
         self._kinds = frozenset(kinds)
         self._rng = rng
-        most = max(_SMALLEST_SAMPLE, _SAMPLE_BYTES // (8 * rows.n_features))
+        floats_per_row = rows.n_features + len(prior.weights.E_log())
+        most = max(_SMALLEST_SAMPLE, _SAMPLE_BYTES // (8 * floats_per_row))
         x, weight = sample_rows(rows, rng, most)
+        weight = np.where(np.isnan(x).all(axis=1), 0.0, weight)  # they say nothing
         self._x, self._weight = torch.from_numpy(x), torch.from_numpy(weight)
         self._indivisible: list[tuple[float, Tensor]] = []  # counts and means
 
@@ -177,6 +202,15 @@ class Proposals:
         if len(together) > 2:
             yield together
         yield from (pair for _, pair in exchanges[:_N_SINGLE])
+        # Merges that may pay though a lower bound of their gain does not say so.
+        gains = [self.gain(moments, [move]) for move in merges]
+        doubtful = [
+            (gain + move.doubt, [move])
+            for gain, move in zip(gains, merges, strict=True)
+            if gain <= 0.0 < gain + move.doubt
+        ]
+        doubtful.sort(key=lambda pair: -pair[0])
+        yield from (chosen for _, chosen in doubtful[:_N_SINGLE])
         if deletions and -_DELETION_SLACK < deletions[0].gain <= 0.0:
             yield deletions[:1]
 
@@ -232,6 +266,7 @@ class Proposals:
         rows = self._rows(self._x, self._weight)
         mixing = torch.zeros(len(pairs), dtype=torch.float64)
         removal = torch.zeros(K, dtype=torch.float64)
+        completed = torch.zeros(K, dtype=torch.float64)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for where, x, weight in rows.blocks(floats_per_row(posterior.components) + 3 * len(pairs)):
             rho = log_rho(posterior, x)  # (K, B)
@@ -246,19 +281,20 @@ class Proposals:
             rest = rho.scatter(0, top, -torch.inf).logsumexp(0)
             loss.scatter_(0, top, (rest - total)[None])
             removal += loss @ weight
+            if isinstance(x, Cells) and isinstance(posterior.components, Wishart):
+                completed += resp @ (weight * (~x.observed).sum(-1))
             k, n = (resp > _SMALL).nonzero().T
             found.append((k, n + where.start, resp[k, n]))
         k, n, r = (torch.cat(parts) for parts in zip(*found, strict=True))
         order = k.argsort(stable=True)
         sizes = torch.bincount(k, minlength=K).tolist()
         members = list(zip(n[order].split(sizes), r[order].split(sizes), strict=True))
-        return Survey(self._x, self._weight, members, mixing, removal)
+        return Survey(self._x, self._weight, members, mixing, removal, completed)
 
-    @staticmethod
-    def _rows(x: Tensor, weight: Tensor) -> Rows:
+    def _rows(self, x: Tensor, weight: Tensor) -> Rows:
         D = x.shape[-1]
         identity = Affine(np.zeros(D), np.ones(D))
-        return Rows(x.numpy(), identity, torch.device("cpu"), weight.numpy())
+        return self._kind(x.numpy(), identity, torch.device("cpu"), weight.numpy())
 
     # -- moves -----------------------------------------------------------------------------------
 
@@ -269,7 +305,9 @@ class Proposals:
         evidence, merged = merge_gains(self._prior.components, moments, i, j)
         gain: list[float] = (evidence - survey.mixing).tolist()
         best = sorted(range(len(pairs)), key=lambda p: -gain[p])[: len(moments.counts)]
-        return [Move(gain[p], tuple(pairs[p].tolist()), _part(merged, p)) for p in best]
+        # Each row of a component that goes is completed anew: worth about a nat a cell.
+        doubt = torch.minimum(survey.completed[i], survey.completed[j]).tolist()
+        return [Move(gain[p], tuple(pairs[p].tolist()), _part(merged, p), doubt[p]) for p in best]
 
     def _deletions(
         self, posterior: Posterior, moments: Moments, full: Tensor, survey: Survey
@@ -298,7 +336,8 @@ class Proposals:
         moves = []
         for k in full.tolist():
             known = self._is_indivisible(posterior.components, moments, k)
-            move = None if known else self._split(moments, survey, k, n_parts)
+            part = posterior.components.take(torch.tensor([k]))
+            move = None if known else self._split(moments, survey, k, part, n_parts)
             if move is not None:
                 moves.append(move)
             elif not known:
@@ -316,23 +355,32 @@ class Proposals:
                     return True
         return False
 
-    def _split(self, moments: Moments, survey: Survey, k: int, n_parts: int) -> Move | None:
-        """Fit a mixture to the rows of component k alone, if it pays to put it in its place."""
+    def _split(
+        self, moments: Moments, survey: Survey, k: int, part: Components, n_parts: int
+    ) -> Move | None:
+        """Fit a mixture to the rows of component k alone, if it pays to put it in its place.
+
+        `part` is its posterior.
+        """
         index, resp = survey.members[k]
         if not len(index):
             return None  # many rows, none of them with more than a trace
         weight = survey.weight[index] * resp
         rows = self._rows(survey.x[index], weight)
         shape = type(self._prior.components)
-        one = start_of_one(rows, shape)
         prior = Posterior(self._prior.weights.map(lambda a: a[:n_parts]), self._prior.components)
+        single = prior.weights.map(lambda a: a[:1])
+        one, _ = expectation(Posterior(single, part), rows)
         if isinstance(prior.components, Tied):
             cavity = self._cavity(moments, one)
             if cavity is None:
                 return None
             prior = prior._replace(components=cavity)
         alone = float(prior.components.log_evidence(prior.components.update(one)).sum())
-        for first in self._first_parts(rows, shape, n_parts, self._metric(moments, k)):
+        if isinstance(rows, IncompleteRows):
+            # The evidence of completed rows lacks what their completion leaves open.
+            alone, _ = _small_climb(Posterior(single, prior.components), rows, one)
+        for first in self._first_parts(rows, part, n_parts, self._metric(moments, k)):
             found = _small_mixture(prior, rows, first)
             if found is None:
                 continue
@@ -351,29 +399,31 @@ class Proposals:
         if len(second) > 1:
             counts[k] = 0.0
             second = second[counts >= EMPTY]
-        total = counts[counts >= EMPTY].sum()
+        total = moments.seen[counts >= EMPTY].sum(0)  # (1,) or (D,)
         scatter = second.sum(0)  # about the means
-        if not float(total) > 0.0 or not bool((scatter > 0.0).any()):
+        if not bool((total > 0.0).any()) or not bool((scatter > 0.0).any()):
             return torch.eye(D, dtype=torch.float64)
         if scatter.ndim == 0:
-            scatter = scatter / D
-        covariance = scatter / total
+            scatter, total = scatter / D, total.mean()
+        covariance = scatter / total.clamp_min(torch.finfo(total.dtype).tiny)
         if covariance.ndim < 2:
             covariance = covariance * torch.eye(D, dtype=torch.float64)
         # Directions in which nothing varies stay harmless.
         return covariance + 1e-6 * covariance.diagonal().mean() * torch.eye(D, dtype=torch.float64)
 
     def _first_parts(
-        self, rows: Rows, shape: type[Components], n_parts: int, metric: Tensor
+        self, rows: Rows, part: Components, n_parts: int, metric: Tensor
     ) -> Iterator[Moments]:
-        """Statistics from which the mixture of one component's rows starts."""
-        yield start("k-means++", rows, shape, n_parts, self._rng)
+        """Statistics from which the mixture of one component's rows starts.
+
+        Labels are found for rows that the component completes.
+        """
         x, weight = rows[slice(None)]
-        for labels in halves(x, weight, metric):
-            resp = torch.zeros(n_parts, len(x), dtype=torch.float64)
-            resp[labels.long(), torch.arange(len(x))] = weight
-            reference = torch.zeros(n_parts, rows.n_features, dtype=torch.float64)
-            yield shape.unpack(reference, shape.sums(x, shape.monomials(x), resp))
+        whole = missing.completed(part, x)[0][0] if isinstance(x, Cells) else x  # (B, D)
+        centres = choose_centres("k-means++", self._rows(whole, weight), n_parts, self._rng)
+        yield _of_labels(rows, type(part), n_parts, nearest(centres, whole), whole, metric)
+        for labels in halves(whole, weight, metric):
+            yield _of_labels(rows, type(part), n_parts, labels.long(), whole, metric)
 
     def _cavity(self, moments: Moments, one: Moments) -> Components | None:
         """Tied: the prior of the shared precision that the rows of other components make."""
@@ -388,12 +438,33 @@ class Proposals:
         return type(prior)(prior.mean, prior.kappa, dof, root)
 
 
-def _small_mixture(prior: Posterior, rows: Rows, first: Moments) -> tuple[float, Moments] | None:
-    """Climb for a few passes; the bound without its weights, and the statistics of the parts.
+def _of_labels(
+    rows: Rows,
+    shape: type[Components],
+    n_parts: int,
+    labels: Tensor,
+    whole: Tensor,
+    metric: Tensor,
+) -> Moments:
+    """Statistics of rows with hard labels (B,).
 
-    The weights of all components together are judged elsewhere.
+    Missing cells of Full and Tied are completed anew, as in components with the covariance
+    `metric` around the mean cells of the parts; where a part has none, around those of the
+    rows as they are completed in `whole` (B, D).
     """
-    shape = type(prior.components)
+    x, weight = rows[slice(None)]
+    resp = one_hot(labels, n_parts)
+    r = resp * weight
+    tiny = torch.finfo(r.dtype).tiny
+    mean = r @ whole / r.sum(-1, keepdim=True).clamp_min(tiny)
+    if isinstance(x, Cells):
+        seen = r @ x.observed.double()
+        mean = torch.where(seen > 0.0, r @ x.x / seen.clamp_min(tiny), mean)
+    return statistics(rows, missing.around(shape, mean, metric), lambda where, _: resp[:, where])
+
+
+def _small_climb(prior: Posterior, rows: Rows, first: Moments) -> tuple[float, Moments]:
+    """Climb for a few passes; the bound without its weights, and the statistics."""
     state = State(prior, first)
     step = coordinate_ascent(prior, rows)
     total, before = float(first.counts.sum()), -np.inf
@@ -404,12 +475,18 @@ def _small_mixture(prior: Posterior, rows: Rows, first: Moments) -> tuple[float,
         before = bound
     weights = state.posterior.weights
     bound -= float(state.moments.counts @ weights.E_log() - weights.kl(prior.weights))
-    new = centred(state.moments, shape)
-    kept = new.counts >= EMPTY
-    if int(kept.sum()) < 2:
-        return None
-    second = new.second if shape is Tied else new.second[kept]
-    return bound, Moments(new.reference[kept], new.counts[kept], new.first[kept], second)
+    return bound, state.moments
+
+
+def _small_mixture(prior: Posterior, rows: Rows, first: Moments) -> tuple[float, Moments] | None:
+    """Fit the mixture; its bound, and the statistics of the parts if they are more than one.
+
+    The weights of all components together are judged elsewhere.
+    """
+    bound, moments = _small_climb(prior, rows, first)
+    new = centred(moments, type(prior.components))
+    kept = (new.counts >= EMPTY).nonzero()[:, 0]
+    return (bound, new.reordered(kept)) if len(kept) > 1 else None
 
 
 def halves(x: Tensor, weight: Tensor, metric: Tensor) -> Iterator[Tensor]:
@@ -454,18 +531,14 @@ def _cut(along: Tensor, weight: Tensor) -> Tensor:
     return along > cut
 
 
-def start_of_one(rows: Rows, shape: type[Components]) -> Moments:
-    """Statistics of all rows as one component."""
-    x, weight = rows[slice(None)]
-    sums = shape.sums(x, shape.monomials(x), weight[None])
-    return shape.unpack(torch.zeros(1, rows.n_features, dtype=torch.float64), sums)
-
-
 def centred(moments: Moments, shape: type[Components]) -> Moments:
     """Return the same statistics about the mean of each component."""
-    offset, counts = moments.offset(), moments.counts
-    second = moments.second + shape.scatter(offset[:, None, :], -counts[:, None])
-    return Moments(moments.reference + offset, counts, torch.zeros_like(offset), second)
+    offset = moments.offset()
+    return moments._replace(
+        reference=moments.reference + offset,
+        first=torch.zeros_like(offset),
+        second=moments.second + shape.lever(offset, -moments.seen),
+    )
 
 
 def merge_gains(
@@ -477,17 +550,20 @@ def merge_gains(
     """
     shape = type(prior)
     reference, counts, second = moments.reference, moments.counts, moments.second
-    n_i, n_j = counts[i], counts[j]
+    n_i, n_j = moments.seen[i], moments.seen[j]  # (P, 1), or (P, D) of the cells
     n = n_i + n_j
-    mean = (n_i[:, None] * reference[i] + n_j[:, None] * reference[j]) / n[:, None]
-    apart = reference[i] - reference[j]  # (P, D)
-    between = (n_i * n_j / n)[:, None]
+    share = n_j / n.clamp_min(torch.finfo(n.dtype).tiny)
+    apart = reference[j] - reference[i]  # (P, D)
+    mean = reference[i] + share * apart
+    between = share * n_i
     if isinstance(prior, Tied):
         added = between[:, :, None] * apart[:, :, None] * apart[:, None, :]
-        merged = Moments(mean, n, torch.zeros_like(mean), added)
+    else:
+        added = second[i] + second[j] + shape.lever(apart, between)
+    cells = None if moments.cells is None else n
+    merged = Moments(mean, counts[i] + counts[j], torch.zeros_like(mean), added, cells)
+    if isinstance(prior, Tied):
         return _tied_gains(prior, moments, i, j), merged
-    added = shape.scatter(apart[:, None, :], between)
-    merged = Moments(mean, n, torch.zeros_like(mean), second[i] + second[j] + added)
     each = prior.log_evidence(prior.update(moments))  # (K,)
     together = prior.log_evidence(prior.update(merged))  # (P,)
     return together - each[i] - each[j], merged
@@ -545,4 +621,7 @@ def combine(moments: Moments, moves: Sequence[Move], shape: type[Components]) ->
         second = joined(moments.second, [part.second for part in new])[order]
     reference = joined(moments.reference, [part.reference for part in new])[order]
     first = joined(moments.first, [part.first for part in new])[order]
-    return Moments(reference, counts[order], first, second)
+    cells = None
+    if moments.cells is not None:
+        cells = joined(moments.cells, [part.seen for part in new])[order]
+    return Moments(reference, counts[order], first, second, cells)

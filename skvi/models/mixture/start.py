@@ -47,23 +47,50 @@ def start(
     """
     reference = torch.zeros(n_components, rows.n_features, dtype=torch.float64, device=rows.device)
     if kind == "random":
-        resp = _random_responsibilities(n_components, rows, rng)
-    else:
-        choose = _random_rows if kind == "random_from_data" else _kmeans_plusplus
-        seeds = sample_rows(rows, rng, _MAX_SEED_ROWS)
-        centres = torch.from_numpy(choose(n_components, *seeds, rng))
-        centres = centres.to(rows.device)
-        if kind == "kmeans":
-            centres = _lloyd(centres, rows)
-        # Fewer distinct rows than components: the components left over start empty.
-        reference[: len(centres)] = centres
+        return statistics(
+            rows,
+            missing.around(shape, reference),
+            _random_responsibilities(n_components, rows, rng),
+        )
+    centres = choose_centres(kind, rows, n_components, rng)
+    # Fewer distinct rows than components: the components left over start empty.
+    reference[: len(centres)] = centres
+    return statistics(
+        rows,
+        missing.around(shape, reference),
+        lambda _, x: one_hot(nearest(centres, x), n_components),
+    )
 
+
+def choose_centres(kind: str, rows: Rows, n_components: int, rng: np.random.Generator) -> Tensor:
+    """Return centres (at most `n_components`, D) of one of the kinds but "random"."""
+    choose = _random_rows if kind == "random_from_data" else _kmeans_plusplus
+    x, weight = sample_rows(rows, rng, _MAX_SEED_ROWS)
+    x = np.where(np.isnan(x), 0.0, x)  # the mean, in fitted units
+    centres = torch.from_numpy(choose(n_components, x, weight, rng)).to(rows.device)
+    return _lloyd(centres, rows) if kind == "kmeans" else centres
+
+
+def statistics(
+    rows: Rows, around: Components, resp: Callable[[slice, Tensor | Cells], Tensor]
+) -> Moments:
+    """Return the statistics of rows under given responsibilities, largest component first.
+
+    Parameters
+    ----------
+    rows : Rows
+    around : Components
+        Its means are the references; where cells are missing it completes the rows of Full and
+        Tied.
+    resp : callable
+        Maps a block, its place and its rows, to responsibilities (K, B). Each row has one
+        component to itself, unless all the means are the same.
+    """
+    shape, reference = type(around), around.mean
     sums: tuple[Tensor, ...] | None = None
     incomplete: Moments | None = None
-    around = missing.around(shape, reference)
-    for _, x, weight in rows.blocks(shape.n_monomials(rows.n_features) + 4 * n_components):
-        labels = None if kind == "random" else _nearest(centres, x)  # (B,)
-        r = (resp(filled(x)) if labels is None else _one_hot(labels, n_components)) * weight
+    for where, x, weight in rows.blocks(shape.n_monomials(rows.n_features) + 4 * len(reference)):
+        r = resp(where, x) * weight
         if isinstance(x, Cells):
             for batch in missing.batches(around, x):
                 incomplete = missing.added(incomplete, batch.moments(r[:, batch.rows]))
@@ -71,10 +98,8 @@ def start(
             if not whole.numel():
                 continue
             x, r = x.x[whole], r[:, whole]
-            labels = None if labels is None else labels[whole]
-        if labels is not None:
-            # Each row has one component, so it can be centred before its monomials are taken.
-            x = x - centres[labels]
+        # Each row has one component, so it can be centred before its monomials are taken.
+        x = x - reference[r.argmax(0)]
         sums = add_to(sums, shape.sums(x, shape.monomials(x), r))
     if sums is None:
         assert incomplete is not None  # rows are never empty
@@ -90,7 +115,7 @@ def sample_rows(rows: Rows, rng: np.random.Generator, most: int) -> tuple[np.nda
     """Return rows (M, D) in canonical order and their weights (M,), M at most `most`.
 
     Beyond that many, a systematic sample: equally spaced points of the cumulative weight, each
-    standing for the same share of it.
+    standing for the same share of it. Missing cells are NaN.
     """
     direction = torch.from_numpy(rng.standard_normal(rows.n_features)).to(rows.device)
     offset = rng.random()
@@ -110,7 +135,7 @@ def sample_rows(rows: Rows, rng: np.random.Generator, most: int) -> tuple[np.nda
         seed_weight = times * (total / most)
     else:
         seed_weight = weight[order]
-    return filled(rows[order][0]).cpu().numpy(), seed_weight
+    return rows.read(order)[0].cpu().numpy(), seed_weight
 
 
 def _invert(cumulative: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -161,7 +186,7 @@ def _random_rows(
     return np.stack(centres)
 
 
-def _nearest(centres: Tensor, x: Tensor | Cells) -> Tensor:
+def nearest(centres: Tensor, x: Tensor | Cells) -> Tensor:
     """Index of the nearest centre of rows (B, D) by their observed cells, shape (B,)."""
     if isinstance(x, Cells):
         square = 0.5 * centres.square() @ x.observed.double().T  # (K, B)
@@ -170,7 +195,7 @@ def _nearest(centres: Tensor, x: Tensor | Cells) -> Tensor:
     return (0.5 * centres.square().sum(-1)[:, None] - centres @ x.T).argmin(0)
 
 
-def _one_hot(labels: Tensor, n_components: int) -> Tensor:
+def one_hot(labels: Tensor, n_components: int) -> Tensor:
     """Responsibilities (K, B) of hard labels (B,)."""
     return torch.nn.functional.one_hot(labels, n_components).T.double()
 
@@ -181,8 +206,8 @@ def _lloyd(centres: Tensor, rows: Rows) -> Tensor:
         counts = torch.zeros_like(centres)  # (K, D)
         shift = torch.zeros_like(centres)  # (K, D)
         for _, x, weight in rows.blocks(4 * len(centres) + 4 * rows.n_features):
-            labels = _nearest(centres, x)
-            resp = _one_hot(labels, len(centres)) * weight  # (K, B)
+            labels = nearest(centres, x)
+            resp = one_hot(labels, len(centres)) * weight  # (K, B)
             diff = filled(x) - centres[labels]
             if isinstance(x, Cells):
                 seen = x.observed.double()
@@ -201,8 +226,8 @@ def _lloyd(centres: Tensor, rows: Rows) -> Tensor:
 
 def _random_responsibilities(
     n_components: int, rows: Rows, rng: np.random.Generator
-) -> Callable[[Tensor], Tensor]:
-    """Return a random function from rows (B, D) to responsibilities (K, B).
+) -> Callable[[slice, Tensor | Cells], Tensor]:
+    """Return a random function from blocks of rows (B, D) to responsibilities (K, B).
 
     ``r_nk`` is proportional to ``1 + cos(omega_k' x_n + phi_k)``: as rough as independent draws
     for distinct rows, but the same for equal rows wherever they stand.
@@ -212,8 +237,8 @@ def _random_responsibilities(
     phase = torch.from_numpy(rng.uniform(0.0, 2.0 * math.pi, n_components))
     frequency, phase = frequency.to(rows.device), phase.to(rows.device)
 
-    def resp(x: Tensor) -> Tensor:
-        raw = 1.0 + torch.cos(frequency @ x.T + phase[:, None])  # (K, B)
+    def resp(_: slice, x: Tensor | Cells) -> Tensor:
+        raw = 1.0 + torch.cos(frequency @ filled(x).T + phase[:, None])  # (K, B)
         return raw / raw.sum(0)
 
     return resp
