@@ -497,10 +497,11 @@ class VariationalGMM(
         X, weight = without_weightless(weight, door.X)
         if has_missing(X):
             X, weight = _without_empty(X, weight)
+            self._check_resumable("partial_fit", X.shape[1])
+            if not len(X):
+                return  # rows with nothing observed say nothing
         affine = self._model.affine
         rows, posterior, prior, hyper = self._resume("partial_fit", X, weight, door.device)
-        if not len(X):
-            return  # rows with nothing observed say nothing
         moments, local = bound.expectation(posterior, rows)
         block = bound.share(posterior, moments, local - _change_of_units(rows, weight, affine))
         seen = self._model.share.map(lambda array: torch.as_tensor(array, device=door.device))
@@ -526,21 +527,18 @@ class VariationalGMM(
         self._publish(Solution(state, history, Status.MAX_ITER), prior, hyper, affine)
         self.n_samples_seen_ += float(weight.sum())
 
-    def _resume(
-        self, what: str, X: np.ndarray, weight: np.ndarray, device: torch.device
-    ) -> tuple[Rows, Posterior, Posterior, _Hyperparameters]:
-        """Return rows in the fitted units, the posterior, and the prior with new parameters."""
-        affine = self._model.affine
-        posterior, _ = self._model.on(device)
+    def _check_resumable(self, what: str, n_features: int) -> None:
+        """Raise unless the parameters still describe a posterior of the fitted shape."""
+        posterior = self._model.posterior
         wanted = (
             COMPONENTS[self.covariance_type],
             WEIGHTS[self.weight_concentration_prior_type],
-            (self.n_components, X.shape[1]),
+            (self.n_components, n_features),
         )
         found = (
             type(posterior.components),
             type(posterior.weights),
-            tuple(posterior.components.mean.shape),
+            posterior.components.mean.shape,
         )
         if wanted != found:
             raise ValueError(
@@ -548,6 +546,14 @@ class VariationalGMM(
                 "weight_concentration_prior_type, n_components or the number of features has "
                 "changed. Fit anew (with warm_start=False), or fit a clone."
             )
+
+    def _resume(
+        self, what: str, X: np.ndarray, weight: np.ndarray, device: torch.device
+    ) -> tuple[Rows, Posterior, Posterior, _Hyperparameters]:
+        """Return rows in the fitted units, the posterior, and the prior with new parameters."""
+        self._check_resumable(what, X.shape[1])
+        affine = self._model.affine
+        posterior, _ = self._model.on(device)
         self._check_reach(X, affine)
         rows = _make_rows(X, affine, device, weight, keep=self._layout(X.shape[1]))
         before = _Hyperparameters(

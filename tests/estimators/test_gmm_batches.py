@@ -315,3 +315,33 @@ def test_scores_need_no_memory_beside_their_result(method, tmp_path):
     assert_allclose(result[:1000], expected, rtol=1e-6)
     assert result.flags.c_contiguous
     assert peak < result.nbytes + 4e6  # a block, and what it becomes
+
+
+@pytest.mark.parametrize("covariance_type", ["full", "tied"])
+def test_a_stream_that_drifts_beyond_the_digits_is_refused(X, covariance_type):
+    """Against the exact evidence of one component: right to six digits, or an error."""
+
+    def stream(shift):
+        model = VariationalGMM(
+            1,
+            covariance_type=covariance_type,
+            weight_concentration_prior_type="dirichlet_distribution",
+            covariance_prior=np.eye(X.shape[1]),
+            random_state=0,
+            device="cpu",
+        )
+        return model.fit(X).partial_fit(X + shift)
+
+    near = stream(1e3)
+    scores = near.score_samples(np.concatenate([X, X + 1e3])).sum() - near.kl_
+    assert near.elbo_ == pytest.approx(scores, abs=1e-6)
+    with pytest.raises(ValueError, match="so far from the rows before"):
+        stream(3e6)
+
+
+def test_published_weights_are_copies(X):
+    model = _fit(X)
+    before = model.score_samples(X)
+    for array in model.weight_concentration_:
+        array[:] = 1.0
+    assert_array_equal(model.score_samples(X), before)

@@ -306,3 +306,5 @@ def test_a_stream_with_missing_cells_has_an_exact_bound(X, covariance_type):
     before = model.elbo_
     model.partial_fit(np.full((2, 4), np.nan))  # says nothing
     assert model.elbo_ == before
+    with pytest.raises(ValueError, match="cannot continue"):
+        model.set_params(n_components=5).partial_fit(np.full((2, 4), np.nan))
