@@ -58,9 +58,10 @@ def speed(report: Report, sizes: list[tuple[int, int, int]], cases: list[tuple[s
                 "random_state": 0,
                 "tol": 0.0,
             }
+            plain = {"algorithm": "cavi", "moves": None, "device": "cpu"}
 
-            def ours(max_iter: int, X: np.ndarray = X, common: dict = common) -> None:
-                VariationalGMM(**common, algorithm="cavi", max_iter=max_iter, device="cpu").fit(X)
+            def ours(max_iter: int, X: np.ndarray = X, common: dict = common | plain) -> None:
+                VariationalGMM(**common, max_iter=max_iter).fit(X)
 
             def peer(max_iter: int, X: np.ndarray = X, common: dict = common) -> None:
                 BayesianGaussianMixture(**common, max_iter=max_iter).fit(X)
@@ -115,7 +116,8 @@ def peers(report: Report, sizes: list[tuple[int, int, int]]) -> None:
             model.summarize(x)
             model.from_summaries()
 
-        settings = {"algorithm": "cavi", "tol": 0.0, "init_params": "random_from_data"}
+        settings = {"algorithm": "cavi", "moves": None, "tol": 0.0}
+        settings |= {"init_params": "random_from_data"}
 
         def ours(max_iter: int, X: np.ndarray = X, k: int = k, settings: dict = settings) -> None:
             VariationalGMM(k, **settings, random_state=0, max_iter=max_iter, device="cpu").fit(X)
