@@ -47,7 +47,7 @@ def table(title: str, header: list[str], rows: list[list[object]]) -> None:
 # A grid over the truncation and the shape of the covariances, ranked by the score itself.
 
 wine = load_wine()
-pipeline = make_pipeline(StandardScaler(), VariationalGMM(random_state=0, n_init=3))
+pipeline = make_pipeline(StandardScaler(), VariationalGMM(random_state=0))
 search = GridSearchCV(
     pipeline,
     {
