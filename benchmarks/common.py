@@ -3,6 +3,9 @@
 import json
 import os
 import platform
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -56,6 +59,58 @@ def machine() -> dict[str, Any]:
         "numpy": np.__version__,
         "scipy": scipy.__version__,
     }
+
+
+_MEMORY_SCRIPT = """
+import sys
+def status(name):  # of this process alone: ru_maxrss begins with the peak of the parent
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+{warm_up}  # what loading the libraries costs
+before = status("VmRSS")
+X = np.load(sys.argv[1], mmap_mode="r" if sys.argv[2] == "memmap" else None)
+{fit}
+print(status("VmHWM") - before)
+"""
+
+
+def peak_memory(
+    report: "Report",
+    shape: tuple[int, int],
+    part: Callable[[int, int], np.ndarray],
+    *,
+    warm_up: str,
+    fit: str,
+) -> None:
+    """Peak of a fit in a process of its own, from an array and from a memory-mapped file.
+
+    ``part(start, n)`` makes n rows; `warm_up` and `fit` are statements, the second one about X.
+    """
+    if not Path("/proc/self/status").exists():
+        print("\nPeak memory is measured on Linux only.")
+        return
+    rows = []
+    script = _MEMORY_SCRIPT.format(warm_up=warm_up, fit=fit)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "X.npy"
+        stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.float64, shape=shape)
+        for start in range(0, len(stored), 100_000):
+            place = stored[start : start + 100_000]
+            place[:] = part(start, len(place))
+        stored.flush()
+        size = stored.nbytes / 1e6
+        del stored
+        for kind in ("array", "memmap"):
+            command = [sys.executable, "-c", script, str(path), kind]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            # A mapped file's pages count as resident too, until the system wants them back.
+            peak = int(done.stdout) * 1024 / 1e6
+            rows.append([kind, f"{shape[0]} x {shape[1]}", size, peak, peak - size])
+    report.table(
+        "Peak memory of a fit, MB",
+        ["input", "size", "input MB", "peak above an idle process", "beyond the input"],
+        rows,
+    )
 
 
 class Report:

@@ -20,7 +20,14 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import BayesianGaussianMixture
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks.common import DATA, Report, gemm_gflops, seconds, seconds_per_pass
+from benchmarks.common import (
+    DATA,
+    Report,
+    gemm_gflops,
+    peak_memory,
+    seconds,
+    seconds_per_pass,
+)
 from skvi import VariationalGMM
 from skvi.inference.monitor import Monitor
 from skvi.models.mixture import active
@@ -205,47 +212,19 @@ def time_to_bound(report: Report) -> None:
     )
 
 
-_MEMORY_SCRIPT = """
-import sys, warnings
+def memory(report: Report, n: int) -> None:
+    peak_memory(
+        report,
+        (n, 16),
+        lambda start, n: clusters(n, 16, 20, seed=start),
+        warm_up="""
+import warnings
 import numpy as np
 from skvi import VariationalGMM
 warnings.simplefilter("ignore")
-def status(name):  # of this process alone: ru_maxrss begins with the peak of the parent
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 warm_up = np.random.default_rng(0).normal(size=(1000, 16))
-VariationalGMM(2, max_iter=1, device="cpu").fit(warm_up)  # what loading the libraries costs
-before = status("VmRSS")
-X = np.load(sys.argv[1], mmap_mode="r" if sys.argv[2] == "memmap" else None)
-VariationalGMM(20, max_iter=3, tol=0.0, random_state=0, device="cpu").fit(X)
-print(status("VmHWM") - before)
-"""
-
-
-def memory(report: Report, n: int) -> None:
-    if not Path("/proc/self/status").exists():
-        print("\nPeak memory is measured on Linux only.")
-        return
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "X.npy"
-        stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.float64, shape=(n, 16))
-        for start in range(0, n, 100_000):
-            part = stored[start : start + 100_000]
-            part[:] = clusters(len(part), 16, 20, seed=start)
-        stored.flush()
-        del stored
-        size = n * 16 * 8 / 1e6
-        for kind in ("array", "memmap"):
-            command = [sys.executable, "-c", _MEMORY_SCRIPT, str(path), kind]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            # A mapped file's pages count as resident too, until the system wants them back.
-            peak = int(done.stdout) * 1024 / 1e6
-            rows.append([kind, f"{n} x 16", size, peak, peak - size])
-    report.table(
-        "Peak memory of a fit, MB",
-        ["input", "size", "input MB", "peak above an idle process", "beyond the input"],
-        rows,
+VariationalGMM(2, max_iter=1, device="cpu").fit(warm_up)""",
+        fit='VariationalGMM(20, max_iter=3, tol=0.0, random_state=0, device="cpu").fit(X)',
     )
 
 

@@ -1,10 +1,6 @@
 """BayesianLinearVI beside BayesianRidge, ARDRegression, and the matrix products it cannot avoid."""
 
-import subprocess
-import sys
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +8,7 @@ from scipy.stats import norm
 from sklearn.linear_model import ARDRegression, BayesianRidge
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks.common import DATA, Report, seconds
+from benchmarks.common import DATA, Report, peak_memory, seconds
 from skvi import BayesianLinearVI
 
 # (prior, rows, features, kind of rows)
@@ -64,46 +60,17 @@ def speed(report: Report, cases: list[tuple[str, int, int, str]]) -> None:
     )  # fmt: skip
 
 
-_MEMORY_SCRIPT = """
-import sys
+def memory(report: Report, n: int) -> None:
+    peak_memory(
+        report,
+        (n, 50),
+        lambda start, n: np.random.default_rng(start).normal(size=(n, 50)),
+        warm_up="""
 import numpy as np
 from skvi import BayesianLinearVI
-def status(name):  # of this process alone: ru_maxrss begins with the peak of the parent
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 warm_up = np.random.default_rng(0).normal(size=(2000, 50))
-BayesianLinearVI(device="cpu").fit(warm_up, warm_up[:, 0])  # what loading the libraries costs
-before = status("VmRSS")
-X = np.load(sys.argv[1], mmap_mode="r" if sys.argv[2] == "memmap" else None)
-BayesianLinearVI(device="cpu").fit(X, X[:, 0] - X[:, 1])
-print(status("VmHWM") - before)
-"""
-
-
-def memory(report: Report, n: int) -> None:
-    if not Path("/proc/self/status").exists():
-        print("\nPeak memory is measured on Linux only.")
-        return
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "X.npy"
-        stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.float64, shape=(n, 50))
-        for start in range(0, n, 100_000):
-            part = stored[start : start + 100_000]
-            part[:] = np.random.default_rng(start).normal(size=part.shape)
-        stored.flush()
-        del stored
-        size = n * 50 * 8 / 1e6
-        for kind in ("array", "memmap"):
-            command = [sys.executable, "-c", _MEMORY_SCRIPT, str(path), kind]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            # A mapped file's pages count as resident too, until the system wants them back.
-            peak = int(done.stdout) * 1024 / 1e6
-            rows.append([kind, f"{n} x 50", size, peak, peak - size])
-    report.table(
-        "Peak memory of a fit, MB",
-        ["input", "size", "input MB", "peak above an idle process", "beyond the input"],
-        rows,
+BayesianLinearVI(device="cpu").fit(warm_up, warm_up[:, 0])""",
+        fit='BayesianLinearVI(device="cpu").fit(X, X[:, 0] - X[:, 1])',
     )
 
 

@@ -387,7 +387,6 @@ class VariationalGMM(
             constant features without a `covariance_prior`; for a `warm_start` from a fit of
             another shape.
         """
-        self._kinds_of_moves()
         with self._all_or_nothing():
             self._fit(X, sample_weight, warm=self.warm_start and hasattr(self, "_model"))
         self._warn_unless_converged()

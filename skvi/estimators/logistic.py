@@ -696,8 +696,13 @@ class BayesianLogisticVI(ClassifierMixin, TransformerMixin, VariationalEstimator
             Of arrays of shape (n_samples,).
         """
         check_is_fitted(self)
-        values = self._of_labels(X, y, local_bound)
-        kl = self._of_labels(X, y, lambda _, mean, variance: local_divergence(mean, variance))
+        values, kl = self._of_labels(
+            X,
+            y,
+            lambda sign, mean, variance: torch.stack(
+                [local_bound(sign, mean, variance), local_divergence(mean, variance)]
+            ),
+        )
         reconstruction = values + kl
         return ElboTerms(reconstruction, kl, energy=reconstruction.copy(), entropy=-kl)
 
@@ -748,7 +753,7 @@ class BayesianLogisticVI(ClassifierMixin, TransformerMixin, VariationalEstimator
         return values
 
     def _of_labels(self, X: Any, y: Any, function: Callable[..., Tensor]) -> np.ndarray:
-        """Sum ``function(sign, mean, variance)`` of the log odds over models, shape (N,)."""
+        """Sum ``function(sign, mean, variance)`` of the log odds over models, (..., N)."""
         door = self._door(X, y, reset=False, labels=True)
         sign = torch.as_tensor(_signs(self._codes(door.y), len(self.classes_)))
         odds = torch.as_tensor(self._per_row(door, _odds))  # (N, M, 2)

@@ -125,11 +125,11 @@ class AlternatingAscent:
         self._negligible = negligible
         self._owner = torch.empty(N, dtype=torch.int64)  # of settled rows; -1 for the others
         # A pair is a byte of the table, and at most a fifth of all are listed in eight bytes.
-        self._in_pairs = (
+        in_pairs = (
             _product(type(prior.components), K, rows.n_features) >= _LONG_PRODUCT
             and 3 * N * K <= _PAIRS_BYTES
         )
-        self._needed = torch.empty(N, K, dtype=torch.bool) if self._in_pairs else None
+        self._needed = torch.empty(N, K, dtype=torch.bool) if in_pairs else None
         self._x, self._weight = rows[slice(None)]  # (N, D), (N,)
         self._focus: _Focus | None = None
         self._steady = _STEADY * float(self._weight.sum())
@@ -223,7 +223,7 @@ class AlternatingAscent:
             resp = take("resp", diff, K, len(diff)).zero_()
             resp.scatter_(0, owner[None], self._weight[index][None])
             sums = add_to(sums, components.sums(diff, monomials, resp))
-        assert sums is not None  # rows are never empty
+        assert sums is not None  # an empty index has one empty part
         return components.unpack(components.mean, sums)
 
     def _gather(self, index: Tensor) -> Tensor:
