@@ -1,30 +1,26 @@
 """VAETransformer beside a plain DataLoader loop, pythae (if installed), and linear densities."""
 
 import importlib.util
-import itertools
-import json
 import logging
-import math
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.decomposition import PCA, FactorAnalysis
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import DATA, RESULTS, Report
+from benchmarks import mnist
+from benchmarks.common import DATA, Report
+from benchmarks.mnist import noted_epochs
+from benchmarks.plain_vae import PlainVAE, plain_epoch
 from skvi import VAETransformer
-from skvi.estimators import vae as module
 
 PYTHAE = importlib.util.find_spec("pythae") is not None
 LABELS = {
@@ -33,78 +29,7 @@ LABELS = {
     "float32": "skvi, float32",
     "bfloat16": "skvi, bfloat16",
 }
-LEVELS = (-120, -110, -105, -100, -95, -90, -88)
-
-
-@contextmanager
-def noted_epochs(note: Callable[[int, float], None]) -> Iterator[None]:
-    """Call ``note(epoch, bound)`` after every epoch of the fits inside."""
-    announce = module.announce_epoch
-
-    def noted(name: str, epoch: int, bound: float, *args: Any, **options: Any) -> None:
-        note(epoch, bound)
-
-    module.announce_epoch = noted
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            yield
-    finally:
-        module.announce_epoch = announce
-
-
-class PlainVAE(nn.Module):
-    """The network and the loss as the tutorials write them: no linear path, no linear start."""
-
-    def __init__(self, hidden: tuple[int, ...], n_codes: int, act: type[nn.Module]) -> None:
-        super().__init__()
-        self.encoder = self._stack((784, *hidden, 2 * n_codes), act)
-        self.decoder = self._stack((n_codes, *hidden[::-1], 784), act)
-
-    @staticmethod
-    def _stack(sizes: tuple[int, ...], act: type[nn.Module]) -> nn.Sequential:
-        layers: list[nn.Module] = []
-        for n, m in itertools.pairwise(sizes):
-            layers += [nn.Linear(n, m), act()]
-        return nn.Sequential(*layers[:-1])
-
-    def bound(self, x: Tensor) -> Tensor:
-        """One-draw estimate, summed over rows."""
-        mean, log_var = self.encoder(x).chunk(2, dim=1)
-        z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
-        fit = nn.functional.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="sum")
-        return -fit - 0.5 * (mean.square() + log_var.exp() - 1.0 - log_var).sum()
-
-    @torch.no_grad()
-    def log_predictive(self, x: Tensor, n_importance: int) -> float:
-        """Importance-weighted ``log p(x)``, the mean over rows."""
-        values = []
-        for row in x:
-            mean, log_var = self.encoder(row).chunk(2)
-            noise = torch.randn(n_importance, len(mean))
-            z = mean + (0.5 * log_var).exp() * noise
-            output = self.decoder(z)
-            log_weight = (row * output - nn.functional.softplus(output)).sum(1)
-            log_weight += 0.5 * (log_var + noise.square() - z.square()).sum(1)
-            values.append(float(log_weight.logsumexp(0)) - math.log(n_importance))
-        return float(np.mean(values))
-
-
-def plain_epoch(
-    model: PlainVAE,
-    optimizer: torch.optim.Optimizer,
-    loader: DataLoader,
-    read: Callable[[Tensor], Tensor] = lambda x: x,
-) -> float:
-    """One epoch as the tutorials write it; the mean bound of its rows."""
-    total = 0.0
-    for (x,) in loader:
-        bound = model.bound(read(x))
-        optimizer.zero_grad()
-        (-bound / len(x)).backward()
-        optimizer.step()
-        total += bound.item()
-    return total / len(loader.dataset)
+RUNS = [*mnist.FITS, *mnist.LOOPS]
 
 
 def pythae_epochs(X: np.ndarray, batch_size: int, n_epochs: int) -> tuple[list[float], PlainVAE]:
@@ -227,104 +152,6 @@ def throughput(report: Report, *, n_rows: int, n_epochs: int) -> None:
     )
 
 
-# -- time to a bound ------------------------------------------------------------------------------
-
-
-class DynamicVAE(VAETransformer):
-    """Every minibatch is binarised anew from the grey values `grey`."""
-
-    grey: Tensor
-
-    def _reader(self, x: Tensor, observed: Any, generator: torch.Generator) -> Any:
-        grey = self.grey.to(x)
-        return lambda batch: (
-            torch.bernoulli(grey.index_select(0, batch), generator=generator),
-            None,
-        )
-
-
-def binarised(grey: np.ndarray, seed: int) -> np.ndarray:
-    return (np.random.default_rng(seed).random(grey.shape) < grey).astype(np.float32)
-
-
-def time_to_bound(report: Report, *, minutes: float, n_test: int) -> None:
-    """Train both for `minutes`; a run of skvi that was cut goes on where it was."""
-    with np.load(DATA / "mnist.npz", allow_pickle=False) as data:
-        grey = (data["X_train"] / 255.0).astype(np.float32)
-        test = binarised(data["X_test"][:n_test] / 255.0, seed=0)
-    threads = torch.get_num_threads()
-    RESULTS.mkdir(exist_ok=True)
-    log_path = RESULTS / f"vae-dynamic-{minutes:g}-minutes.json"
-
-    def skvi(n_epochs: int) -> DynamicVAE:
-        path = log_path.with_suffix(".npz")
-        vae = DynamicVAE(
-            50,
-            hidden_layer_sizes=(200, 200),
-            activation="tanh",
-            max_iter=n_epochs,
-            early_stopping=False,
-            n_mc=1,
-            device="cpu",
-            random_state=0,
-            checkpoint=path if n_epochs > 2 else None,
-        )
-        vae.grey = torch.from_numpy(grey)
-        return vae
-
-    X = binarised(grey, seed=1)
-    if not log_path.exists():
-        stamps = [time.perf_counter()]
-        with noted_epochs(lambda *_: stamps.append(time.perf_counter())):
-            skvi(2).fit(X)
-        start, epoch = np.diff(stamps)
-        # The first epoch of the trial has the start in it.
-        n_epochs = max(3, round((60 * minutes - (start - epoch)) / epoch))
-        log_path.write_text(json.dumps({"n_epochs": n_epochs, "seconds": [], "bounds": []}))
-    log = json.loads(log_path.read_text())
-    since = time.perf_counter() - (log["seconds"][-1] if log["seconds"] else 0.0)
-
-    def note(epoch: int, bound: float) -> None:
-        del log["seconds"][epoch - 1 :], log["bounds"][epoch - 1 :]
-        log["seconds"].append(time.perf_counter() - since)
-        log["bounds"].append(bound)
-        log_path.write_text(json.dumps(log))
-
-    with noted_epochs(note):
-        vae = skvi(log["n_epochs"]).fit(X)
-    curves = {"skvi, defaults": (log["seconds"], log["bounds"])}
-    quality = {"skvi, defaults": float(vae.log_predictive(test, n_importance=5000).mean())}
-
-    torch.manual_seed(0)
-    model = PlainVAE((200, 200), 50, nn.Tanh)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    loader = DataLoader(TensorDataset(torch.from_numpy(grey)), batch_size=128, shuffle=True)
-    spent, seconds, bounds = 0.0, [], []
-    while spent < log["seconds"][-1]:
-        begin = time.perf_counter()
-        bounds.append(plain_epoch(model, optimizer, loader, torch.bernoulli))
-        spent += time.perf_counter() - begin
-        seconds.append(spent)
-    curves["plain loop"] = (seconds, bounds)
-    quality["plain loop"] = model.log_predictive(torch.from_numpy(test), 5000)
-
-    rows = []
-    for name, (times, values) in curves.items():
-        reached = [
-            next((t for t, v in zip(times, values, strict=True) if v >= level), float("nan"))
-            for level in LEVELS
-        ]
-        rows.append([name, len(times), times[-1], values[-1], quality[name], *reached])
-    report.table(
-        f"Dynamically binarised MNIST, 2 x 200 tanh, 50 codes, {minutes:g} minutes, {threads} "
-        f"threads; log p with 5000 draws on the first {n_test} test rows, binarised with seed 0; "
-        "seconds until the running bound of training passes a level",
-        ["fit", "epochs", "seconds", "last bound", "log p", *(f"to {v}" for v in LEVELS)],
-        rows,
-    )
-    log_path.unlink()
-
-
 # -- tables ---------------------------------------------------------------------------------------
 
 
@@ -364,11 +191,17 @@ def density(report: Report, *, n_splits: int) -> None:
     )
 
 
-def run(report: Report, *, quick: bool, budget: list[float] | None = None) -> None:
-    if budget is None:
+def run(
+    report: Report, *, quick: bool, only: list[str] | None = None, budget: list[float] | None = None
+) -> None:
+    parts = only or (["throughput", "density", "elbo", "loop"] if budget is None else list(RUNS))
+    unknown = set(parts) - {"throughput", "density", *RUNS}
+    if unknown:
+        raise SystemExit(f"no such part of vae: {', '.join(sorted(unknown))}")
+    if "throughput" in parts:
         throughput(report, n_rows=4_000 if quick else 20_000, n_epochs=3 if quick else 5)
+    if "density" in parts:
         density(report, n_splits=1 if quick else 3)
-        budget = [] if quick else [2.0]
-    if (DATA / "mnist.npz").exists():
-        for minutes in budget:
-            time_to_bound(report, minutes=minutes, n_test=500)
+    runs = [part for part in parts if part in RUNS]
+    if runs and (budget or not quick) and (DATA / "mnist.npz").exists():
+        mnist.run(report, runs, budget or [2.0], n_test=1000)

@@ -1,0 +1,194 @@
+"""Dynamically binarised MNIST: what so many minutes of training reach, beside the plain loop.
+
+Long runs may be cut: each goes on from its own files under ``benchmarks/results/mnist``. A run that
+has ended is read back from there; delete its file to have it made again.
+"""
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.common import DATA, RESULTS, Report
+from benchmarks.plain_vae import PlainVAE, plain_epoch
+from skvi import VAETransformer
+from skvi.estimators import vae as module
+
+# What differs from the defaults of VAETransformer, and the number of draws of the plain loops.
+FITS: dict[str, dict[str, Any]] = {
+    "elbo": {},
+    "importance": {"n_importance": 50},
+    "vamp": {"prior": "vamp", "n_prior_components": 500},
+}
+LOOPS = {"loop": 1, "importance-loop": 50}
+LEVELS = (-120, -110, -100, -95, -90, -88)
+N_DRAWS = 5000
+FOLDER = RESULTS / "mnist"
+
+
+@contextmanager
+def noted_epochs(note: Callable[[int, float], None]) -> Iterator[None]:
+    """Call ``note(epoch, bound)`` after every epoch of the fits inside."""
+    announce = module.announce_epoch
+
+    def noted(name: str, epoch: int, bound: float, *args: Any, **options: Any) -> None:
+        note(epoch, bound)
+
+    module.announce_epoch = noted
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            yield
+    finally:
+        module.announce_epoch = announce
+
+
+class DynamicVAE(VAETransformer):
+    """Every minibatch is binarised anew from the grey values `grey`."""
+
+    grey: Tensor
+
+    def _reader(self, x: Tensor, observed: Any, generator: torch.Generator) -> Any:
+        grey = self.grey.to(x)
+        return lambda batch: (
+            torch.bernoulli(grey.index_select(0, batch), generator=generator),
+            None,
+        )
+
+
+def binarised(grey: np.ndarray, seed: int) -> np.ndarray:
+    return (np.random.default_rng(seed).random(grey.shape) < grey).astype(np.float32)
+
+
+def path_of(name: str, minutes: float) -> Path:
+    return FOLDER / f"{name}-{minutes:g}-minutes-{torch.get_num_threads()}-threads.json"
+
+
+def fit(name: str, minutes: float, grey: np.ndarray, test: np.ndarray) -> None:
+    """Train for `minutes`, the schedule made for as many epochs as fit in, and write the record."""
+    path = path_of(name, minutes)
+    X = binarised(grey, seed=1)
+
+    def estimator(n_epochs: int) -> DynamicVAE:
+        vae = DynamicVAE(
+            50,
+            hidden_layer_sizes=(200, 200),
+            activation="tanh",
+            max_iter=n_epochs,
+            early_stopping=False,
+            n_mc=1,
+            device="cpu",
+            random_state=0,
+            checkpoint=path.with_suffix(".npz") if n_epochs > 2 else None,
+            **FITS[name],
+        )
+        vae.grey = torch.from_numpy(grey)
+        return vae
+
+    if not path.exists():
+        stamps = [time.perf_counter()]
+        with noted_epochs(lambda *_: stamps.append(time.perf_counter())):
+            estimator(2).fit(X)
+        # The first epoch of the trial has the start in it.
+        start, epoch = np.diff(stamps)
+        n_epochs = max(3, round((60 * minutes - (start - epoch)) / epoch))
+        path.write_text(json.dumps({"n_epochs": n_epochs, "seconds": [], "bounds": []}))
+    record = json.loads(path.read_text())
+    since = time.perf_counter() - (record["seconds"] or [0.0])[-1]
+
+    def note(epoch: int, bound: float) -> None:
+        del record["seconds"][epoch - 1 :], record["bounds"][epoch - 1 :]
+        record["seconds"].append(time.perf_counter() - since)
+        record["bounds"].append(bound)
+        path.write_text(json.dumps(record))
+
+    with noted_epochs(note):
+        vae = estimator(record["n_epochs"]).fit(X)
+    record["log p"] = float(vae.log_predictive(test, n_importance=N_DRAWS).mean())
+    path.write_text(json.dumps(record))
+
+
+def loop(name: str, minutes: list[float], grey: np.ndarray, test: np.ndarray) -> None:
+    """Train by the plain loop, which has no schedule, and write a record at each of `minutes`."""
+    state_path = FOLDER / f"{name}-{torch.get_num_threads()}-threads.pt"
+    torch.manual_seed(0)
+    model = PlainVAE((200, 200), 50, nn.Tanh)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loader = DataLoader(TensorDataset(torch.from_numpy(grey)), batch_size=128, shuffle=True)
+    seconds, bounds = [], []
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        seconds, bounds = state["seconds"], state["bounds"]
+    for limit in sorted(minutes):
+        path = path_of(name, limit)
+        if path.exists():
+            continue
+        while not seconds or seconds[-1] < 60 * limit:
+            begin = time.perf_counter()
+            bound = plain_epoch(model, optimizer, loader, torch.bernoulli, LOOPS[name])
+            seconds.append((seconds or [0.0])[-1] + time.perf_counter() - begin)
+            bounds.append(bound)
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "seconds": seconds,
+                "bounds": bounds,
+            }
+            torch.save(state, state_path)
+        log_p = model.log_predictive(torch.from_numpy(test), N_DRAWS)
+        path.write_text(json.dumps({"seconds": seconds, "bounds": bounds, "log p": log_p}))
+
+
+def run(report: Report, names: list[str], minutes: list[float], n_test: int) -> None:
+    """Make the runs that are missing, then print a row for each."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with np.load(DATA / "mnist.npz", allow_pickle=False) as data:
+        grey = (data["X_train"] / 255.0).astype(np.float32)
+        test = binarised(data["X_test"] / 255.0, seed=0)[:: len(data["X_test"]) // n_test]
+    rows = []
+    for name in names:
+        if name in LOOPS:
+            loop(name, minutes, grey, test)
+        for limit in minutes:
+            path = path_of(name, limit)
+            if name in FITS and not (path.exists() and "log p" in json.loads(path.read_text())):
+                fit(name, limit, grey, test)
+            record = json.loads(path.read_text())
+            reached = [
+                next((t for t, v in zip(record["seconds"], record["bounds"], strict=True)
+                      if v >= level), float("nan"))
+                for level in LEVELS
+            ]  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    f"{limit:g}",
+                    len(record["seconds"]),
+                    record["seconds"][-1],
+                    record["bounds"][-1],
+                    record["log p"],
+                    *reached,
+                ]
+            )
+    report.table(
+        "Dynamically binarised MNIST, 2 x 200 tanh, 50 codes, "
+        f"{torch.get_num_threads()} threads; log p with {N_DRAWS} draws on {len(test)} test rows, "
+        "binarised with seed 0; seconds until the running bound of training passes a level (of "
+        "importance-loop: its importance-weighted bound)",
+        [
+            "fit", "minutes", "epochs", "seconds", "last bound", "log p",
+            *(f"to {v}" for v in LEVELS),
+        ],
+        rows,
+    )  # fmt: skip
