@@ -158,6 +158,8 @@ def throughput(report: Report, *, n_rows: int, n_epochs: int) -> None:
 def tables() -> Iterator[tuple[str, np.ndarray, int]]:
     """Name, rows and number of codes; counts are spread over their unit, to have a density."""
     rng = np.random.default_rng(0)
+    loadings = rng.normal(size=(3, 20))
+    yield "linear, made", rng.normal(size=(1000, 3)) @ loadings + rng.normal(size=(1000, 20)), 3
     yield "digits", load_digits().data + rng.uniform(size=(1797, 64)), 8
     for name, load, n_codes in (("breast cancer", load_breast_cancer, 5), ("wine", load_wine, 2)):
         yield name, StandardScaler().fit_transform(load().data), n_codes
