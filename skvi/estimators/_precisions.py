@@ -75,8 +75,10 @@ def prior_of_precisions(
         return None
     if prior == "horseshoe":
         return HorseshoePrior(float(global_scale), torch.as_tensor(spread**2))
-    # one precision for all and one for each feature have their own ways
-    several = 1 < len(spread) < len(group)
+    # One precision for all and one for each feature have their own ways, the latter only where the
+    # sorted labels follow the features.
+    in_order = np.array_equal(group, np.arange(len(group)))
+    several = len(spread) > 1 and not in_order
     return WeightPrior(
         float(weight_shape),
         torch.as_tensor(weight_rate / spread**2),

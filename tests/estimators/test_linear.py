@@ -323,6 +323,21 @@ def test_groups_between_ridge_and_ard(rng):
     np.testing.assert_allclose(moved.coef_, model.coef_[order], rtol=1e-7)
 
 
+@pytest.mark.parametrize("labels", [list("dcba"), [1, 2, 3, 0]])
+@pytest.mark.parametrize("noise", ["gaussian", "student_t"])
+def test_one_label_for_each_feature_in_any_order(labels, noise, rng):
+    X, y = _data(rng)
+    X = X * [1.0, 50.0, 0.02, 3.0]
+    own = BayesianLinearVI(prior="ard", noise=noise).fit(X, y)
+    model = BayesianLinearVI(groups=labels, noise=noise).fit(X, y)
+    _assert_same_fit(model, own, rtol=1e-6)
+    np.testing.assert_allclose(model.weight_precision_, own.weight_precision_, rtol=1e-5)
+    np.testing.assert_allclose(model.relevance_, own.relevance_, rtol=1e-6, atol=1e-8)
+    # the path is in the order of the sorted labels
+    sort = np.argsort(labels)
+    np.testing.assert_allclose(model.relevance_path_[-1], own.relevance_[sort], atol=1e-6)
+
+
 def test_groups_shrink_what_is_noise_and_not_the_signal(rng):
     X = rng.normal(size=(60, 40))
     y = X[:, :10] @ rng.normal(size=10) + rng.normal(size=60)

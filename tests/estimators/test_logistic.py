@@ -124,6 +124,16 @@ def test_every_prior_parameter_in_the_units_of_the_docstring(n_classes, groups, 
     assert model.kl_ == pytest.approx(kl, rel=1e-3)
 
 
+def test_one_label_for_each_feature_in_any_order(rng):
+    X, y = _data(rng, 60, 3, 2)
+    X = X * [1.0, 50.0, 0.02]
+    own = BayesianLogisticVI(prior="ard", tol=1e-10).fit(X, y)
+    model = BayesianLogisticVI(groups=["c", "a", "b"], tol=1e-10).fit(X, y)
+    assert model.elbo_ == pytest.approx(own.elbo_, abs=1e-6)
+    for name in ("coef_", "weight_precision_", "relevance_"):
+        np.testing.assert_allclose(getattr(model, name), getattr(own, name), rtol=1e-3, atol=1e-6)
+
+
 def test_fixed_precisions_approach_the_mode_where_rows_are_many(rng):
     X = rng.normal(size=(4000, 3))
     y = (X @ [1.0, -0.5, 0.2] + 0.3 + rng.logistic(size=4000) > 0).astype(int)
