@@ -397,6 +397,19 @@ def test_blocks_give_the_posterior_of_one_fit(prior, fit_intercept, outputs, rng
         _assert_never_falls(parts.elbo_history_)
 
 
+@pytest.mark.parametrize("prior", ["ard", "horseshoe"])
+def test_a_constant_column_keeps_no_spread_from_block_to_block(prior, rng):
+    """Beside twins, whose principal axes leave rounding in the other columns."""
+    X = rng.normal(size=(60, 20))
+    X[:, 9], X[:, 15] = -X[:, 1], 1.0
+    y = X[:, 0] - X[:, 3] + rng.normal(size=60)
+    model = BayesianLinearVI(prior=prior)
+    for block in np.split(np.arange(60), [30, 40]):
+        model.partial_fit(X[block], y[block])
+    assert abs(model.coef_[15]) < 1e-14
+    assert model.elbo_ == pytest.approx(clone(model).fit(X, y).elbo_, abs=1e-6)
+
+
 @given(seed=st.integers(0, 2**31 - 1), n_cuts=st.integers(0, 6), prior=st.sampled_from(PRIORS))
 def test_any_split_in_any_order_is_the_batch(seed, n_cuts, prior):
     """Offsets, units, twins and constants included; the posterior, not only the statistics."""
