@@ -354,6 +354,10 @@ def test_errors_of_groups(rng):
         BayesianLinearVI(groups=[0, 1]).fit(X, y)
     with pytest.raises(ValueError, match="groups=None"):
         BayesianLinearVI(prior="ard", groups=GROUPS).fit(X, y)
+    with pytest.raises(ValueError, match="labels of one type"):
+        BayesianLinearVI(groups=[0, 1, None, 1]).fit(X, y)
+    with pytest.raises(ValueError, match="NaN"):
+        BayesianLinearVI(groups=[0.0, 1.0, np.nan, 1.0]).fit(X, y)
     model = BayesianLinearVI(groups=GROUPS, warm_start=True).fit(X, y)
     assert model.fit(X, y).n_iter_ <= 2
     with pytest.raises(ValueError, match="of groups"):
@@ -1074,6 +1078,26 @@ def test_verbose_prints_each_pass(rng, capsys):
 
 
 # -- input that hurts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [1e-100, 1e100])
+@pytest.mark.parametrize(
+    "name",
+    ["noise_dof", "noise_shape", "noise_rate", "weight_shape", "weight_rate", "global_scale"],
+)
+def test_hyperparameters_up_to_the_ends_of_their_range_and_not_beyond(name, end, rng):
+    X, y = _data(rng)
+    prior = "horseshoe" if name == "global_scale" else "ridge"
+    noise = "student_t" if name == "noise_dof" else "gaussian"
+    model = BayesianLinearVI(prior=prior, noise=noise, max_iter=5, **{name: end})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(X, y)
+    _assert_identity(model, X, y)
+    coef = model.coef_
+    with pytest.raises(ValueError, match=rf"'{name}' parameter .* range \[1e-100, 1e\+100\]"):
+        model.set_params(**{name: end**1.6}).fit(X, y)
+    assert model.coef_ is coef
 
 
 def test_errors_name_cause_and_remedy(rng):

@@ -386,6 +386,36 @@ def test_warm_start_continues(rng):
     np.testing.assert_array_equal(model.classes_, [0, 1, 2])
 
 
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        *((name, end) for name in ("weight_shape", "weight_rate") for end in (1e-100, 1e100)),
+        *(("global_scale", end) for end in (1e-100, 1e100)),
+        *(("intercept_scale", end) for end in (1e-100, 1e8)),
+    ],
+)
+def test_hyperparameters_up_to_the_ends_of_their_range_and_not_beyond(name, end, rng):
+    X, y = _data(rng, 30, 4, 2)
+    prior = "horseshoe" if name == "global_scale" else "ridge"
+    model = BayesianLogisticVI(prior=prior, max_iter=5, **{name: end})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(X, y)
+    assert model.elbo_ == pytest.approx(model.score_samples(X, y).sum() - model.kl_)
+    coef = model.coef_
+    with pytest.raises(ValueError, match=f"'{name}' parameter .* range"):
+        model.set_params(**{name: end**1.6}).fit(X, y)
+    assert model.coef_ is coef
+
+
+def test_a_nearly_flat_intercept_keeps_its_digits(rng):
+    X, y = _data(rng, 30, 4, 2)
+    wide = BayesianLogisticVI(prior="fixed", intercept_scale=1e5).fit(X, y)
+    flat = BayesianLogisticVI(prior="fixed", intercept_scale=1e8).fit(X, y)
+    np.testing.assert_allclose(flat.intercept_, wide.intercept_, rtol=1e-6)
+    assert flat.elbo_ + 3 * np.log(10.0) == pytest.approx(wide.elbo_, abs=1e-6)
+
+
 def test_errors_name_cause_and_remedy(rng):
     X, y = _data(rng)
     with pytest.raises(ValueError, match="one class only"):
