@@ -165,6 +165,9 @@ def test_the_local_bound_keeps_its_digits_for_confident_rows():
     # -v / (2 (xi + |mu|)) - log(1 + e^-xi); at zero log(1/2)
     expected = [-1e-6 / 200 - math.exp(-50.0), -1e-3 / 4e8, -math.log(2)]
     np.testing.assert_allclose(value.numpy(), expected, rtol=1e-9)
+    # undecided rows: 1/2 (mu - xi) - log(1 + e^-xi) to first order
+    value = bound.local_bound(_t(1.0), _t([3e-6, -3e-6]), _t([16e-12, 16e-12])) + math.log(2)
+    np.testing.assert_allclose(value.numpy(), [1.5e-6, -1.5e-6], rtol=1e-4)
 
 
 # -- the global bound -----------------------------------------------------------------------------
@@ -351,7 +354,9 @@ def test_the_first_precision_is_the_best_without_tilts(rng):
     design = design._replace(rows=_rows(rng.normal(size=(30, 3)), design.weight.numpy()))
     x, s = design.rows[slice(0, 30)]
     centred = (x - s @ x / s.sum()).numpy()
-    design = design._replace(rows=_rows(centred, s.numpy()))
+    # labels that the rows tell, as otherwise the best precision is the largest
+    sign = np.sign(centred[:, :1] + 0.5 * rng.normal(size=(30, 2)))
+    design = design._replace(rows=_rows(centred, s.numpy()), sign=_t(sign))
     prior = _prior("shared", 3)
     targets = _rows(0.5 * design.sign.numpy(), s.numpy())
     alpha = climb.start(design, prior, reduce_rows(design.rows, targets, intercept=True))
