@@ -1161,7 +1161,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     ) -> Door:
         if sparse.issparse(X):
             X = canonical(X.tocsr())  # SciPy would merge repeated entries in the caller's arrays
-        if target and self.noise == "student_t":
+        # a fit that there is knows how many outputs it has, whatever `noise` says now
+        if target and reset and self.noise == "student_t":
             check_params = {"multi_output": False, **check_params}
         check_params = {"accept_sparse": "csr", **check_params}
         return super()._door(X, y, reset=reset, target=target, **check_params)

@@ -248,6 +248,21 @@ def test_combinations_that_do_not_exist_are_refused(rng):
     np.testing.assert_allclose(model.predict(sparse.csr_array(X)), model.predict(X))
 
 
+def test_scores_are_those_of_the_fit_whatever_noise_says_now(rng):
+    X = rng.normal(size=(30, 2))
+    y = X + rng.normal(size=(30, 2))
+    model = BayesianLinearVI().fit(X, y)
+    before = model.score_samples(X, y)
+    model.set_params(noise="student_t")
+    np.testing.assert_array_equal(model.score_samples(X, y), before)
+    model.fit(X, y[:, 0])
+    before = model.score_samples(X, y[:, 0])
+    model.set_params(noise="gaussian")
+    np.testing.assert_array_equal(model.score_samples(X, y[:, 0]), before)
+    with pytest.raises(ValueError, match="2 output"):
+        model.score(X, y)
+
+
 def test_warm_start_and_passes_that_run_out(rng):
     X, y = _data(rng)
     model = _robust(prior="ard", noise_dof=None, warm_start=True).fit(X, y)
