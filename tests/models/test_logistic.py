@@ -437,3 +437,16 @@ def test_labels_are_drawn_with_their_probabilities(rng):
         share = (labels.numpy() == k).mean(1)
         error = np.sqrt(proba[:, k] * (1 - proba[:, k]) / n_draws)
         assert (np.abs(share - proba[:, k]) < Z_LIMIT * error).all()
+
+
+def test_a_draw_at_the_end_of_the_unit_interval_is_the_last_class(rng):
+    """Probabilities whose sum is rounded down must not leave a gap above them."""
+
+    class Highest:
+        def random(self, shape):
+            return np.full(shape, np.nextafter(1.0, 0.0))
+
+    _, _, posterior = _posterior(rng, 14, 3)
+    coef = predictive.draw_coefficients(posterior, 300, rng)
+    labels = predictive.draw_labels(posterior, coef, _t(rng.normal(size=(9, 3))), Highest())
+    assert set(labels.unique().tolist()) <= {0, 1, 2}
