@@ -797,6 +797,15 @@ def test_intervals_of_several_outputs_few_rows_and_wrong_levels(rng):
             model.predict_interval(X, level)
 
 
+def test_evidence_of_rows_that_say_nothing_about_the_weights(rng):
+    """Any precision explains them alike, so that its integral is the value at one."""
+    X, y = np.ones((6, 2)), rng.normal(size=6)
+    model = BayesianLinearVI().fit(X, y)
+    known = BayesianLinearVI(prior="fixed").fit(X, y)
+    assert model.log_evidence_ == pytest.approx(known.log_evidence_, rel=1e-12)
+    assert not model.relevance_.any()
+
+
 def test_relevance_counts_the_weights_that_the_rows_determine(rng):
     X = rng.normal(size=(60, 8))
     y = X[:, :3] @ [2.0, -1.0, 3.0] + 0.5 * rng.normal(size=60)

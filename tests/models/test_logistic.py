@@ -160,6 +160,13 @@ def test_the_local_bound_is_below_the_expectation_and_that_below_the_predictive(
     assert (expected < predicted).all()
 
 
+def test_the_divergence_of_small_tilts_keeps_its_digits():
+    tilt = np.array([5e-3, 0.99e-2, 1.01e-2, 0.1])
+    half = tilt.astype(np.longdouble) / 2
+    exact = np.log(np.cosh(half)) - half / 2 * np.tanh(half)
+    np.testing.assert_allclose(polya_gamma.kl(_t(tilt)).numpy(), exact, rtol=1e-7)
+
+
 def test_the_local_bound_keeps_its_digits_for_confident_rows():
     value = bound.local_bound(_t(1.0), _t([50.0, 1e8, 0.0]), _t([1e-6, 1e-3, 0.0]))
     # -v / (2 (xi + |mu|)) - log(1 + e^-xi); at zero log(1/2)
