@@ -927,6 +927,16 @@ def test_sample_y_shapes_seeds_and_moments(rng):
         model.sample_y(X, 0)
 
 
+def test_draws_of_few_rows_know_how_uncertain_the_intercept_is(rng):
+    X, y = rng.normal(size=(3, 2)), rng.normal(size=3)
+    model = BayesianLinearVI(prior="fixed", weight_precision=1e6, noise_shape=50.0).fit(X, y)
+    centre = X.mean(axis=0, keepdims=True)
+    std = model.predict(centre, return_std=True)[1]
+    draws = model.sample_y(centre, 40_000, random_state=0)
+    # the standard error is 0.0036
+    assert draws.std() / std[0] == pytest.approx(1.0, abs=0.02)
+
+
 def test_a_column_of_targets_keeps_its_dimension(rng):
     X, y = _data(rng)
     flat, column = BayesianLinearVI().fit(X, y), BayesianLinearVI().fit(X, y[:, None])
