@@ -1,14 +1,19 @@
 """What the linear estimators share: units of the columns, groups, and priors of the precisions."""
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 
+from skvi.estimators._compat import Interval
 from skvi.models.linear.climb import WeightPrior
 from skvi.models.linear.horseshoe import HorseshoePrior
 from skvi.models.linear.reduction import root_scale
 from skvi.runtime.blocks import Affine, power_of_two
+
+# Hyper-parameters without units, whose squares, products and log gammas stay in range.
+HYPERPARAMETER = Interval(Real, 1e-100, 1e100, closed="both")
 
 
 def group_of_features(prior: str, groups: Any, n_features: int) -> np.ndarray:
@@ -17,7 +22,8 @@ def group_of_features(prior: str, groups: Any, n_features: int) -> np.ndarray:
     Raises
     ------
     ValueError
-        For `groups` with another prior than "ridge", or not one label for each feature.
+        For `groups` with another prior than "ridge", not one label for each feature, or labels
+        without an order.
     """
     if groups is not None:
         groups = np.asarray(groups)
@@ -31,7 +37,19 @@ def group_of_features(prior: str, groups: Any, n_features: int) -> np.ndarray:
                 f"groups has shape {groups.shape}, but X has {n_features} features: give one "
                 "label for each feature."
             )
-        return np.unique(groups, return_inverse=True)[1]
+        try:
+            missing = bool((groups != groups).any())  # NaN
+            group = np.unique(groups, return_inverse=True)[1]
+        except TypeError as error:
+            raise ValueError(
+                "groups mixes labels that have no common order, such as numbers, strings and "
+                "None; give labels of one type."
+            ) from error
+        if missing:
+            raise ValueError(
+                "groups has labels that are NaN; give every feature a label that equals itself."
+            )
+        return group
     one_each = prior in {"ard", "horseshoe", "flat"}
     return np.arange(n_features) if one_each else np.zeros(n_features, dtype=np.intp)
 
@@ -75,8 +93,10 @@ def prior_of_precisions(
         return None
     if prior == "horseshoe":
         return HorseshoePrior(float(global_scale), torch.as_tensor(spread**2))
-    # one precision for all and one for each feature have their own ways
-    several = 1 < len(spread) < len(group)
+    # One precision for all and one for each feature have their own ways, the latter only where the
+    # sorted labels follow the features.
+    in_order = np.array_equal(group, np.arange(len(group)))
+    several = len(spread) > 1 and not in_order
     return WeightPrior(
         float(weight_shape),
         torch.as_tensor(weight_rate / spread**2),

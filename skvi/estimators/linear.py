@@ -27,6 +27,7 @@ from skvi.estimators._base import (
 )
 from skvi.estimators._compat import Interval, StrOptions, check_feature_names_in, fit_context
 from skvi.estimators._precisions import (
+    HYPERPARAMETER,
     fitted_units,
     group_of_features,
     prior_of_precisions,
@@ -255,7 +256,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
 
     "ridge" and "fixed" shrink all features alike, so features should have comparable spreads: one
     whose spread is below about 1e-7 of the largest is taken as constant. The other priors have
-    no such need, and with `groups` it is one inside each group.
+    no such need, and with `groups` it is one inside each group. Hyper-parameters without units
+    lie between 1e-100 and 1e100.
 
     References
     ----------
@@ -284,12 +286,12 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         "groups": ["array-like", None],
         "weight_precision": [Interval(Real, 0.0, None, closed="neither")],
         "noise": [StrOptions({"gaussian", "student_t"})],
-        "noise_dof": [Interval(Real, 0.0, None, closed="neither"), None],
-        "noise_shape": [Interval(Real, 0.0, None, closed="neither")],
-        "noise_rate": [Interval(Real, 0.0, None, closed="neither")],
-        "weight_shape": [Interval(Real, 0.0, None, closed="neither")],
-        "weight_rate": [Interval(Real, 0.0, None, closed="neither")],
-        "global_scale": [Interval(Real, 0.0, None, closed="neither")],
+        "noise_dof": [HYPERPARAMETER, None],
+        "noise_shape": [HYPERPARAMETER],
+        "noise_rate": [HYPERPARAMETER],
+        "weight_shape": [HYPERPARAMETER],
+        "weight_rate": [HYPERPARAMETER],
+        "global_scale": [HYPERPARAMETER],
         "fit_intercept": ["boolean"],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0.0, None, closed="left")],
@@ -1159,7 +1161,8 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     ) -> Door:
         if sparse.issparse(X):
             X = canonical(X.tocsr())  # SciPy would merge repeated entries in the caller's arrays
-        if target and self.noise == "student_t":
+        # a fit that there is knows how many outputs it has, whatever `noise` says now
+        if target and reset and self.noise == "student_t":
             check_params = {"multi_output": False, **check_params}
         check_params = {"accept_sparse": "csr", **check_params}
         return super()._door(X, y, reset=reset, target=target, **check_params)

@@ -25,6 +25,7 @@ from skvi.estimators._base import (
 )
 from skvi.estimators._compat import Interval, StrOptions, check_feature_names_in, fit_context
 from skvi.estimators._precisions import (
+    HYPERPARAMETER,
     fitted_units,
     group_of_features,
     prior_of_precisions,
@@ -133,7 +134,7 @@ class BayesianLogisticVI(ClassifierMixin, TransformerMixin, VariationalEstimator
     intercept_scale : float, default=10.0
         tau: standard deviation of the normal prior of b, the log odds at the mean of X. A flat
         prior would have no bound for few rows of a class; this one is nearly flat where
-        probabilities differ from 0 and 1.
+        probabilities differ from 0 and 1. At most 1e8, which leaves eight digits of b.
     fit_intercept : bool, default=True
         Add b, and take the mean out of X. Without it X is used as it is.
     max_iter : int, default=1000
@@ -201,6 +202,7 @@ class BayesianLogisticVI(ClassifierMixin, TransformerMixin, VariationalEstimator
     classes. It is a bound for the law above as well, whose probabilities are never smaller.
 
     "ridge" and "fixed" shrink all features alike, so features should have comparable spreads.
+    Hyper-parameters without units lie between 1e-100 and 1e100.
 
     References
     ----------
@@ -224,10 +226,10 @@ class BayesianLogisticVI(ClassifierMixin, TransformerMixin, VariationalEstimator
         "prior": [StrOptions({"ridge", "ard", "horseshoe", "fixed"})],
         "groups": ["array-like", None],
         "weight_precision": [Interval(Real, 0.0, None, closed="neither")],
-        "weight_shape": [Interval(Real, 0.0, None, closed="neither")],
-        "weight_rate": [Interval(Real, 0.0, None, closed="neither")],
-        "global_scale": [Interval(Real, 0.0, None, closed="neither")],
-        "intercept_scale": [Interval(Real, 0.0, None, closed="neither")],
+        "weight_shape": [HYPERPARAMETER],
+        "weight_rate": [HYPERPARAMETER],
+        "global_scale": [HYPERPARAMETER],
+        "intercept_scale": [Interval(Real, 1e-100, 1e8, closed="both")],
         "fit_intercept": ["boolean"],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0.0, None, closed="left")],

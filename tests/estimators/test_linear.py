@@ -323,6 +323,21 @@ def test_groups_between_ridge_and_ard(rng):
     np.testing.assert_allclose(moved.coef_, model.coef_[order], rtol=1e-7)
 
 
+@pytest.mark.parametrize("labels", [list("dcba"), [1, 2, 3, 0]])
+@pytest.mark.parametrize("noise", ["gaussian", "student_t"])
+def test_one_label_for_each_feature_in_any_order(labels, noise, rng):
+    X, y = _data(rng)
+    X = X * [1.0, 50.0, 0.02, 3.0]
+    own = BayesianLinearVI(prior="ard", noise=noise).fit(X, y)
+    model = BayesianLinearVI(groups=labels, noise=noise).fit(X, y)
+    _assert_same_fit(model, own, rtol=1e-6)
+    np.testing.assert_allclose(model.weight_precision_, own.weight_precision_, rtol=1e-5)
+    np.testing.assert_allclose(model.relevance_, own.relevance_, rtol=1e-6, atol=1e-8)
+    # the path is in the order of the sorted labels
+    sort = np.argsort(labels)
+    np.testing.assert_allclose(model.relevance_path_[-1], own.relevance_[sort], atol=1e-6)
+
+
 def test_groups_shrink_what_is_noise_and_not_the_signal(rng):
     X = rng.normal(size=(60, 40))
     y = X[:, :10] @ rng.normal(size=10) + rng.normal(size=60)
@@ -339,6 +354,10 @@ def test_errors_of_groups(rng):
         BayesianLinearVI(groups=[0, 1]).fit(X, y)
     with pytest.raises(ValueError, match="groups=None"):
         BayesianLinearVI(prior="ard", groups=GROUPS).fit(X, y)
+    with pytest.raises(ValueError, match="labels of one type"):
+        BayesianLinearVI(groups=[0, 1, None, 1]).fit(X, y)
+    with pytest.raises(ValueError, match="NaN"):
+        BayesianLinearVI(groups=[0.0, 1.0, np.nan, 1.0]).fit(X, y)
     model = BayesianLinearVI(groups=GROUPS, warm_start=True).fit(X, y)
     assert model.fit(X, y).n_iter_ <= 2
     with pytest.raises(ValueError, match="of groups"):
@@ -380,6 +399,19 @@ def test_blocks_give_the_posterior_of_one_fit(prior, fit_intercept, outputs, rng
         np.testing.assert_allclose(parts.score_samples(X, y), batch.score_samples(X, y), atol=1e-6)
         _assert_identity(parts, X, y, weight)
         _assert_never_falls(parts.elbo_history_)
+
+
+@pytest.mark.parametrize("prior", ["ard", "horseshoe"])
+def test_a_constant_column_keeps_no_spread_from_block_to_block(prior, rng):
+    """Beside twins, whose principal axes leave rounding in the other columns."""
+    X = rng.normal(size=(60, 20))
+    X[:, 9], X[:, 15] = -X[:, 1], 1.0
+    y = X[:, 0] - X[:, 3] + rng.normal(size=60)
+    model = BayesianLinearVI(prior=prior)
+    for block in np.split(np.arange(60), [30, 40]):
+        model.partial_fit(X[block], y[block])
+    assert abs(model.coef_[15]) < 1e-14
+    assert model.elbo_ == pytest.approx(clone(model).fit(X, y).elbo_, abs=1e-6)
 
 
 @given(seed=st.integers(0, 2**31 - 1), n_cuts=st.integers(0, 6), prior=st.sampled_from(PRIORS))
@@ -765,6 +797,15 @@ def test_intervals_of_several_outputs_few_rows_and_wrong_levels(rng):
             model.predict_interval(X, level)
 
 
+def test_evidence_of_rows_that_say_nothing_about_the_weights(rng):
+    """Any precision explains them alike, so that its integral is the value at one."""
+    X, y = np.ones((6, 2)), rng.normal(size=6)
+    model = BayesianLinearVI().fit(X, y)
+    known = BayesianLinearVI(prior="fixed").fit(X, y)
+    assert model.log_evidence_ == pytest.approx(known.log_evidence_, rel=1e-12)
+    assert not model.relevance_.any()
+
+
 def test_relevance_counts_the_weights_that_the_rows_determine(rng):
     X = rng.normal(size=(60, 8))
     y = X[:, :3] @ [2.0, -1.0, 3.0] + 0.5 * rng.normal(size=60)
@@ -884,6 +925,16 @@ def test_sample_y_shapes_seeds_and_moments(rng):
     assert BayesianLinearVI().fit(X, y).sample_y(X, 5).shape == (40, 2, 5)
     with pytest.raises(ValueError, match="n_samples"):
         model.sample_y(X, 0)
+
+
+def test_draws_of_few_rows_know_how_uncertain_the_intercept_is(rng):
+    X, y = rng.normal(size=(3, 2)), rng.normal(size=3)
+    model = BayesianLinearVI(prior="fixed", weight_precision=1e6, noise_shape=50.0).fit(X, y)
+    centre = X.mean(axis=0, keepdims=True)
+    std = model.predict(centre, return_std=True)[1]
+    draws = model.sample_y(centre, 40_000, random_state=0)
+    # the standard error is 0.0036
+    assert draws.std() / std[0] == pytest.approx(1.0, abs=0.02)
 
 
 def test_a_column_of_targets_keeps_its_dimension(rng):
@@ -1046,6 +1097,26 @@ def test_verbose_prints_each_pass(rng, capsys):
 
 
 # -- input that hurts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [1e-100, 1e100])
+@pytest.mark.parametrize(
+    "name",
+    ["noise_dof", "noise_shape", "noise_rate", "weight_shape", "weight_rate", "global_scale"],
+)
+def test_hyperparameters_up_to_the_ends_of_their_range_and_not_beyond(name, end, rng):
+    X, y = _data(rng)
+    prior = "horseshoe" if name == "global_scale" else "ridge"
+    noise = "student_t" if name == "noise_dof" else "gaussian"
+    model = BayesianLinearVI(prior=prior, noise=noise, max_iter=5, **{name: end})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(X, y)
+    _assert_identity(model, X, y)
+    coef = model.coef_
+    with pytest.raises(ValueError, match=rf"'{name}' parameter .* range \[1e-100, 1e\+100\]"):
+        model.set_params(**{name: end**1.6}).fit(X, y)
+    assert model.coef_ is coef
 
 
 def test_errors_name_cause_and_remedy(rng):

@@ -4,7 +4,8 @@ import pickle
 
 import numpy as np
 import pytest
-from scipy import integrate, sparse, stats
+import torch
+from scipy import integrate, sparse, special, stats
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -246,6 +247,39 @@ def test_combinations_that_do_not_exist_are_refused(rng):
         model.partial_fit(X, y)
     # predictions read sparse rows like any others
     np.testing.assert_allclose(model.predict(sparse.csr_array(X)), model.predict(X))
+
+
+def test_the_divergence_of_a_row_is_that_of_two_gamma_laws(rng):
+    """From the published mean and scale only: e is what the local bound says it is."""
+    X = rng.normal(size=(30, 2))
+    y = X[:, 0] + rng.standard_t(2.0, size=30)
+    nu = 3.0
+    model = BayesianLinearVI(noise="student_t", noise_dof=nu).fit(X, y)
+    terms = model.elbo_terms(X, y)
+    a = model._model.posterior.noise_shape
+    E_log_noise = special.digamma(a) + np.log(model.noise_precision_ / a)
+    # log St(sqrt e) + 1/2 E log beta, solved for e
+    log_student = model.score_samples(X, y) - 0.5 * E_log_noise - stats.t(nu).logpdf(0.0)
+    e = nu * np.expm1(-2.0 / (nu + 1.0) * log_student)
+    rate, half = torch.as_tensor((nu + e) / 2), torch.tensor(nu / 2, dtype=torch.float64)
+    q, p = torch.distributions.Gamma(half + 0.5, rate), torch.distributions.Gamma(half, half)
+    np.testing.assert_allclose(terms.kl, torch.distributions.kl_divergence(q, p), rtol=1e-5)
+    np.testing.assert_allclose(terms.entropy, q.entropy(), rtol=1e-5, atol=1e-6)
+
+
+def test_scores_are_those_of_the_fit_whatever_noise_says_now(rng):
+    X = rng.normal(size=(30, 2))
+    y = X + rng.normal(size=(30, 2))
+    model = BayesianLinearVI().fit(X, y)
+    before = model.score_samples(X, y)
+    model.set_params(noise="student_t")
+    np.testing.assert_array_equal(model.score_samples(X, y), before)
+    model.fit(X, y[:, 0])
+    before = model.score_samples(X, y[:, 0])
+    model.set_params(noise="gaussian")
+    np.testing.assert_array_equal(model.score_samples(X, y[:, 0]), before)
+    with pytest.raises(ValueError, match="2 output"):
+        model.score(X, y)
 
 
 def test_warm_start_and_passes_that_run_out(rng):

@@ -124,6 +124,16 @@ def test_every_prior_parameter_in_the_units_of_the_docstring(n_classes, groups, 
     assert model.kl_ == pytest.approx(kl, rel=1e-3)
 
 
+def test_one_label_for_each_feature_in_any_order(rng):
+    X, y = _data(rng, 60, 3, 2)
+    X = X * [1.0, 50.0, 0.02]
+    own = BayesianLogisticVI(prior="ard", tol=1e-10).fit(X, y)
+    model = BayesianLogisticVI(groups=["c", "a", "b"], tol=1e-10).fit(X, y)
+    assert model.elbo_ == pytest.approx(own.elbo_, abs=1e-6)
+    for name in ("coef_", "weight_precision_", "relevance_"):
+        np.testing.assert_allclose(getattr(model, name), getattr(own, name), rtol=1e-3, atol=1e-6)
+
+
 def test_fixed_precisions_approach_the_mode_where_rows_are_many(rng):
     X = rng.normal(size=(4000, 3))
     y = (X @ [1.0, -0.5, 0.2] + 0.3 + rng.logistic(size=4000) > 0).astype(int)
@@ -374,6 +384,36 @@ def test_warm_start_continues(rng):
     with pytest.raises(ValueError, match="warm_start"):
         model.set_params(prior="ard").fit(X, np.array(["a", "b", "c"])[y])
     np.testing.assert_array_equal(model.classes_, [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        *((name, end) for name in ("weight_shape", "weight_rate") for end in (1e-100, 1e100)),
+        *(("global_scale", end) for end in (1e-100, 1e100)),
+        *(("intercept_scale", end) for end in (1e-100, 1e8)),
+    ],
+)
+def test_hyperparameters_up_to_the_ends_of_their_range_and_not_beyond(name, end, rng):
+    X, y = _data(rng, 30, 4, 2)
+    prior = "horseshoe" if name == "global_scale" else "ridge"
+    model = BayesianLogisticVI(prior=prior, max_iter=5, **{name: end})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(X, y)
+    assert model.elbo_ == pytest.approx(model.score_samples(X, y).sum() - model.kl_)
+    coef = model.coef_
+    with pytest.raises(ValueError, match=f"'{name}' parameter .* range"):
+        model.set_params(**{name: end**1.6}).fit(X, y)
+    assert model.coef_ is coef
+
+
+def test_a_nearly_flat_intercept_keeps_its_digits(rng):
+    X, y = _data(rng, 30, 4, 2)
+    wide = BayesianLogisticVI(prior="fixed", intercept_scale=1e5).fit(X, y)
+    flat = BayesianLogisticVI(prior="fixed", intercept_scale=1e8).fit(X, y)
+    np.testing.assert_allclose(flat.intercept_, wide.intercept_, rtol=1e-6)
+    assert flat.elbo_ + 3 * np.log(10.0) == pytest.approx(wide.elbo_, abs=1e-6)
 
 
 def test_errors_name_cause_and_remedy(rng):

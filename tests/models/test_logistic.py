@@ -160,11 +160,21 @@ def test_the_local_bound_is_below_the_expectation_and_that_below_the_predictive(
     assert (expected < predicted).all()
 
 
+def test_the_divergence_of_small_tilts_keeps_its_digits():
+    tilt = np.array([5e-3, 0.99e-2, 1.01e-2, 0.1])
+    half = tilt.astype(np.longdouble) / 2
+    exact = np.log(np.cosh(half)) - half / 2 * np.tanh(half)
+    np.testing.assert_allclose(polya_gamma.kl(_t(tilt)).numpy(), exact, rtol=1e-7)
+
+
 def test_the_local_bound_keeps_its_digits_for_confident_rows():
     value = bound.local_bound(_t(1.0), _t([50.0, 1e8, 0.0]), _t([1e-6, 1e-3, 0.0]))
     # -v / (2 (xi + |mu|)) - log(1 + e^-xi); at zero log(1/2)
     expected = [-1e-6 / 200 - math.exp(-50.0), -1e-3 / 4e8, -math.log(2)]
     np.testing.assert_allclose(value.numpy(), expected, rtol=1e-9)
+    # undecided rows: 1/2 (mu - xi) - log(1 + e^-xi) to first order
+    value = bound.local_bound(_t(1.0), _t([3e-6, -3e-6]), _t([16e-12, 16e-12])) + math.log(2)
+    np.testing.assert_allclose(value.numpy(), [1.5e-6, -1.5e-6], rtol=1e-4)
 
 
 # -- the global bound -----------------------------------------------------------------------------
@@ -351,7 +361,9 @@ def test_the_first_precision_is_the_best_without_tilts(rng):
     design = design._replace(rows=_rows(rng.normal(size=(30, 3)), design.weight.numpy()))
     x, s = design.rows[slice(0, 30)]
     centred = (x - s @ x / s.sum()).numpy()
-    design = design._replace(rows=_rows(centred, s.numpy()))
+    # labels that the rows tell, as otherwise the best precision is the largest
+    sign = np.sign(centred[:, :1] + 0.5 * rng.normal(size=(30, 2)))
+    design = design._replace(rows=_rows(centred, s.numpy()), sign=_t(sign))
     prior = _prior("shared", 3)
     targets = _rows(0.5 * design.sign.numpy(), s.numpy())
     alpha = climb.start(design, prior, reduce_rows(design.rows, targets, intercept=True))
@@ -432,3 +444,16 @@ def test_labels_are_drawn_with_their_probabilities(rng):
         share = (labels.numpy() == k).mean(1)
         error = np.sqrt(proba[:, k] * (1 - proba[:, k]) / n_draws)
         assert (np.abs(share - proba[:, k]) < Z_LIMIT * error).all()
+
+
+def test_a_draw_at_the_end_of_the_unit_interval_is_the_last_class(rng):
+    """Probabilities whose sum is rounded down must not leave a gap above them."""
+
+    class Highest:
+        def random(self, shape):
+            return np.full(shape, np.nextafter(1.0, 0.0))
+
+    _, _, posterior = _posterior(rng, 14, 3)
+    coef = predictive.draw_coefficients(posterior, 300, rng)
+    labels = predictive.draw_labels(posterior, coef, _t(rng.normal(size=(9, 3))), Highest())
+    assert set(labels.unique().tolist()) <= {0, 1, 2}

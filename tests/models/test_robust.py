@@ -5,6 +5,7 @@ and adds the terms of the bound one by one, those of every row's precision inclu
 """
 
 import math
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -340,4 +341,13 @@ def test_the_best_dof_beats_a_grid_and_knows_the_law(rng):
         assert float(robust._log_student(square, weight, float(dof))) <= top + 1e-9
     assert robust.best_dof(square, weight, best) == best
     gaussian = _t(np.linspace(0.0, 1.0, 50))
-    assert robust.best_dof(gaussian, torch.ones_like(gaussian), 4.0) > 1e5
+    found = robust.best_dof(gaussian, torch.ones_like(gaussian), 4.0)
+    assert found == pytest.approx(robust.DOF_RANGE[1], rel=1e-12)
+
+
+def test_a_search_that_ends_lower_leaves_the_dof_as_it_was(rng, monkeypatch):
+    """The search knows one peak; the bound must not fall where there is another."""
+    square = _t(rng.standard_t(3.0, size=2000) ** 2)
+    found = SimpleNamespace(x=math.log(30.0))
+    monkeypatch.setattr(robust, "minimize_scalar", lambda *args, **kwargs: found)
+    assert robust.best_dof(square, torch.ones_like(square), 3.0) == 3.0

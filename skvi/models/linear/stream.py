@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from skvi.models.linear.reduction import Statistics, rotate
+from skvi.models.linear.reduction import Statistics, rank_tolerance, rotate
 from skvi.runtime.blocks import Affine, Rows, block_rows, row_slices
 
 
@@ -109,6 +109,8 @@ def restore_summary(statistics: Statistics, x: Affine, y: Affine) -> Summary:
     """Return a summary whose statistics in the fitted units `x` and `y` are `statistics`.
 
     Outputs have nothing in common here but X: what they share outside its span does not matter.
+    A column of X that the decomposition has left with rounding alone is zero: a constant column
+    must not get a spread, which might become its unit.
     """
 
     def tensor(values: object) -> Tensor:
@@ -116,6 +118,9 @@ def restore_summary(statistics: Statistics, x: Affine, y: Affine) -> Summary:
 
     scale_x, scale_y = tensor(x.scale), tensor(y.scale)
     rows = statistics.spectrum.sqrt()[:, None] * statistics.basis.T  # (R, D)
+    length = torch.linalg.vector_norm(rows, dim=0)
+    largest = torch.linalg.vector_norm(rows)
+    rows = rows.masked_fill(length <= rank_tolerance(rows) * largest, 0.0)
     outputs = torch.cat([statistics.target.T, statistics.residual.sqrt().diag()])  # (R + M, M)
     rows = torch.nn.functional.pad(rows, (0, 0, 0, len(scale_y)))  # (R + M, D)
     return Summary(
