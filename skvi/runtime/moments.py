@@ -32,8 +32,6 @@ def weighted_moments(
     -------
     mean, std : ndarray of shape (D,)
     """
-    weight = weight / weight.max()
-    weight = weight / weight.sum()
     rows_per_block = max(64, _BLOCK_FLOATS // max(1, X.shape[1]))
 
     def blocks() -> Iterator[slice]:
@@ -43,6 +41,13 @@ def weighted_moments(
     some_missing = bool(np.isnan(low).any())
     if some_missing:
         low = np.fmin.reduce([np.fmin.reduce(X[rows]) for rows in blocks()]).astype(np.float64)
+        # By the largest weight that each column was observed with: relative to the largest of
+        # all it may be nothing.
+        each = ((weight[rows, None] * ~np.isnan(X[rows])).max(axis=0) for rows in blocks())
+        largest = np.max(list(each), axis=0)
+    else:
+        weight = weight / weight.max()
+        weight = weight / weight.sum()
     high = np.fmax.reduce([np.fmax.reduce(X[rows]) for rows in blocks()]).astype(np.float64)
     unit = power_of_two(0.5 * high - 0.5 * low)
     spread = high > low  # a constant column gets no spread from the rounding of its mean
@@ -58,7 +63,11 @@ def weighted_moments(
             if some_missing:
                 missing = np.isnan(deviation)
                 deviation[missing] = 0.0
-                share += weight[rows] @ ~missing
+                part = np.where(missing, 0.0, weight[rows, None]) / largest
+                share += part.sum(axis=0)
+                first += (part * deviation).sum(axis=0)
+                second += (part * np.square(deviation)).sum(axis=0)
+                continue
             first += weight[rows] @ deviation
             np.square(deviation, out=deviation)
             second += weight[rows] @ deviation
