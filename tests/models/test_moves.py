@@ -257,6 +257,30 @@ def test_survey_sums_over_rows(shape):
     np.testing.assert_allclose(total, p.weight.sum(), rtol=1e-2)
 
 
+@every_shape
+def test_survey_counts_completed_cells_and_no_empty_rows(shape):
+    """Rows with nothing observed say nothing, whatever their weight."""
+    p = _problem(shape, "dirichlet_process", D=3, N=15, K=3, weighted=True)
+    p.X = _with_holes(p.X, 0.3)
+    posterior, pairs = _update(_problem(shape, "dirichlet_process", D=3)), torch.tensor([[0, 2]])
+
+    def rows_of(X, weight):
+        return IncompleteRows(X, p.rows._affine, torch.device("cpu"), weight)
+
+    def survey(X, weight):
+        propose = Proposals(p.prior, rows_of(X, weight), moves.MOVES, np.random.default_rng(0))
+        return propose._look(posterior, pairs)
+
+    found = survey(p.X, p.weight)
+    resp = bound.responsibilities(posterior, rows_of(p.X, p.weight)[slice(None)][0])
+    cells = resp.numpy() @ (p.weight * np.isnan(p.X).sum(1))
+    expected = cells if shape in {"full", "tied"} else np.zeros(3)
+    np.testing.assert_allclose(found.completed, expected, rtol=1e-10)
+    more = survey(np.r_[p.X, np.full((2, 3), np.nan)], np.r_[p.weight, 50.0, 7.0])
+    for name in ("mixing", "removal", "completed"):
+        np.testing.assert_allclose(getattr(more, name), getattr(found, name), rtol=1e-10)
+
+
 def _clusters(shape, law, labels, *, K, share=0.0):
     """Four clusters in the plane under given first labels, after two passes."""
     rng = np.random.default_rng(3)
