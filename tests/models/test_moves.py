@@ -234,6 +234,31 @@ def test_centring_statistics_of_cells_changes_no_update(shape):
         np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", ["diag", "spherical"])
+def test_statistics_of_cells_may_be_about_any_point(shape):
+    """Energy and sums of two sets of rows, against the rows themselves."""
+    p = _problem(shape, "dirichlet_process", D=3, N=20, weighted=True)
+    rows = IncompleteRows(_with_holes(p.X, 0.3), p.rows._affine, torch.device("cpu"), p.weight)
+    resp = _t(p.resp.T) * _t(p.weight)
+
+    def statistics(some, point):
+        around = missing.around(p.cls, _t(np.full((p.K, p.D), point)))
+        (batch,) = missing.batches(around, rows[some][0])
+        return batch.moments(resp[:, some])
+
+    whole = statistics(slice(None), 0.0)
+    posterior = p.prior.components.update(whole)
+    expected = (resp * missing.E_log_prob(posterior, rows[slice(None)][0])).sum()
+    for point in (0.0, -1.5):
+        energy = posterior.energy(statistics(slice(None), point))
+        np.testing.assert_allclose(float(energy), float(expected), rtol=1e-10)
+    both = p.cls.merge(statistics(slice(7), 2.0), statistics(slice(7, None), -1.5))
+    found = p.prior.components.update(both)
+    for name in ("mean", "kappa", "dof", "root"):
+        ours, theirs = getattr(found, name), getattr(posterior, name)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
 @every_shape
 def test_survey_sums_over_rows(shape):
     """Lost entropy and loss of removal, by loops over rows."""
