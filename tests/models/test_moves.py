@@ -71,6 +71,7 @@ def test_evidence_of_counts_takes_batches(law):
     counts = _t([[3.0, 2.0, 0.0], [1.0, 5.0, 0.5]])
     each = [float(prior.log_evidence(row)) for row in counts]
     np.testing.assert_allclose(prior.log_evidence(counts), each, rtol=1e-13)
+    np.testing.assert_allclose(prior.update(counts[1]).counts(prior), counts[1], rtol=1e-13)
 
 
 @every_shape
