@@ -9,6 +9,8 @@ from skvi.runtime.blocks import Densified, power_of_two, row_slices
 _BLOCK_FLOATS = 1 << 17
 _SAMPLE_ROWS, _SAMPLE_FLOATS = 1024, 1 << 20
 _MAX_REPEATS = 4
+# Columns that only rows of so little weight have, relative to the others, get weights of their own.
+_LITTLE = 1e-150
 
 
 def weighted_moments(
@@ -38,14 +40,13 @@ def weighted_moments(
         return row_slices(X.shape[0], rows_per_block)
 
     low = np.min([X[rows].min(axis=0) for rows in blocks()], axis=0).astype(np.float64)
-    some_missing = bool(np.isnan(low).any())
+    some_missing, uneven = bool(np.isnan(low).any()), False
     if some_missing:
         low = np.fmin.reduce([np.fmin.reduce(X[rows]) for rows in blocks()]).astype(np.float64)
-        # By the largest weight that each column was observed with: relative to the largest of
-        # all it may be nothing.
         each = ((weight[rows, None] * ~np.isnan(X[rows])).max(axis=0) for rows in blocks())
-        largest = np.max(list(each), axis=0)
-    else:
+        largest = np.max(list(each), axis=0)  # (D,), of the rows that have a column
+        uneven = bool((largest < _LITTLE * weight.max()).any())
+    if not uneven:
         weight = weight / weight.max()
         weight = weight / weight.sum()
     high = np.fmax.reduce([np.fmax.reduce(X[rows]) for rows in blocks()]).astype(np.float64)
@@ -63,11 +64,13 @@ def weighted_moments(
             if some_missing:
                 missing = np.isnan(deviation)
                 deviation[missing] = 0.0
-                part = np.where(missing, 0.0, weight[rows, None]) / largest
-                share += part.sum(axis=0)
-                first += (part * deviation).sum(axis=0)
-                second += (part * np.square(deviation)).sum(axis=0)
-                continue
+                if uneven:
+                    part = np.where(missing, 0.0, weight[rows, None]) / largest
+                    share += part.sum(axis=0)
+                    first += (part * deviation).sum(axis=0)
+                    second += (part * np.square(deviation)).sum(axis=0)
+                    continue
+                share += weight[rows] @ ~missing
             first += weight[rows] @ deviation
             np.square(deviation, out=deviation)
             second += weight[rows] @ deviation
