@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -36,7 +37,7 @@ from skvi.models.mixture.stochastic import StochasticAscent
 from skvi.models.mixture.weights import WEIGHTS, OrderedSticks, StickBreaking
 from skvi.models.terms import ElboTerms
 from skvi.runtime.batches import Batches
-from skvi.runtime.blocks import Affine, Rows
+from skvi.runtime.blocks import Affine, Rows, block_rows, row_slices
 from skvi.runtime.device import resolve_device
 from skvi.runtime.linalg import inv_chol
 from skvi.runtime.moments import weighted_moments
@@ -949,20 +950,27 @@ class VariationalGMM(
         self,
         out: np.ndarray,
         rows: Rows,
-        function: Callable[[Posterior, Posterior, Any], torch.Tensor],
+        make: Callable[[Posterior, Posterior], Callable[[Any], torch.Tensor]],
         width: Callable[[Components], int] = bound.floats_per_row,
     ) -> None:
-        """Write ``function(posterior, prior, x)``, (B, D) -> (..., B), into `out` (..., N).
+        """Write ``make(posterior, prior)(x)``, (B, D) -> (..., B), into `out` (..., N).
 
         Block by block: what is in memory besides `out` does not grow with the rows.
         The x are tensors, or `Cells` if `rows` are incomplete.
         """
         posterior, prior = self._model.on(rows.device)
+        function = make(posterior, prior)
         for where, x, _ in rows.blocks(width(posterior.components)):
-            out[..., where] = function(posterior, prior, x).cpu().numpy()
+            out[..., where] = function(x).cpu().numpy()
 
     def _check_reach(self, X: np.ndarray, affine: Affine) -> None:
+        blocks = row_slices(len(X), block_rows(X.shape[1], torch.device("cpu")))
+        extremes = np.array([(X[rows].min(), X[rows].max()) for rows in blocks], dtype=float)
         with np.errstate(over="ignore"):
+            # As a rule no feature has to be looked at by itself, which takes several times longer.
+            farthest = np.abs(extremes).max() + np.abs(affine.shift).max()
+            if farthest / affine.scale.min() < _LARGEST_FITTED:
+                return
             above, below = np.fmax.reduce(X) - affine.shift, affine.shift - np.fmin.reduce(X)
             far = np.maximum(above, below) / affine.scale
         far[np.isnan(far)] = 0.0  # no cell of this feature is observed
@@ -989,7 +997,7 @@ class VariationalGMM(
         """
         rows = self._rows(X)
         out = np.empty((4, rows.n_rows))
-        self._fill(out, rows, lambda posterior, _, x: torch.stack(bound.elbo_terms(posterior, x)))
+        self._fill(out, rows, lambda q, _: lambda x: torch.stack(bound.elbo_terms(q, x)))
         terms = ElboTerms(*out)
         for part in (terms.reconstruction, terms.energy):
             part -= self._log_scale(rows)
@@ -1014,9 +1022,7 @@ class VariationalGMM(
         """
         rows = self._rows(X)
         local = np.empty(rows.n_rows)
-        self._fill(
-            local, rows, lambda posterior, _, x: bound.local_bound(posterior, x, rows.workspace)
-        )
+        self._fill(local, rows, lambda q, _: bound.Scores(q, rows.workspace).local_bound)
         local -= self._log_scale(rows)
         return local
 
@@ -1039,7 +1045,12 @@ class VariationalGMM(
 
     def _log_predictive(self, rows: Rows) -> np.ndarray:
         density = np.empty(rows.n_rows)
-        self._fill(density, rows, bound.log_predictive, bound.predictive_floats_per_row)
+        self._fill(
+            density,
+            rows,
+            lambda posterior, prior: partial(bound.log_predictive, posterior, prior),
+            bound.predictive_floats_per_row,
+        )
         density -= self._log_scale(rows)
         return density
 
@@ -1164,7 +1175,7 @@ class VariationalGMM(
             self._fill(
                 moments.swapaxes(1, 2),
                 rows,
-                lambda posterior, prior, x: torch.stack(bound.conditional(posterior, prior, x)).mT,
+                lambda q, prior: lambda x: torch.stack(bound.conditional(q, prior, x)).mT,
                 bound.conditional_floats_per_row,
             )
             filled[missing] = (affine.shift + affine.scale * mean)[missing[some]]
@@ -1255,11 +1266,7 @@ class VariationalGMM(
         """
         rows = self._rows(X)
         resp = np.empty((rows.n_rows, self._n_features_out), dtype=rows.dtype)
-        self._fill(
-            resp.T,
-            rows,
-            lambda posterior, _, x: bound.responsibilities(posterior, x, rows.workspace),
-        )
+        self._fill(resp.T, rows, lambda q, _: bound.Scores(q, rows.workspace).responsibilities)
         return resp
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -1279,11 +1286,7 @@ class VariationalGMM(
         """
         rows = self._rows(X)
         labels = np.empty(rows.n_rows, dtype=np.int64)
-        self._fill(
-            labels,
-            rows,
-            lambda posterior, _, x: bound.log_rho(posterior, x, rows.workspace).argmax(0),
-        )
+        self._fill(labels, rows, lambda q, _: bound.Scores(q, rows.workspace).labels)
         return labels
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> tuple[np.ndarray, np.ndarray]:

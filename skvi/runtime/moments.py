@@ -9,6 +9,8 @@ from skvi.runtime.blocks import Densified, power_of_two, row_slices
 _BLOCK_FLOATS = 1 << 17
 _SAMPLE_ROWS, _SAMPLE_FLOATS = 1024, 1 << 20
 _MAX_REPEATS = 4
+# Columns that only rows of so little weight have, relative to the others, get weights of their own.
+_LITTLE = 1e-150
 
 
 def weighted_moments(
@@ -32,17 +34,21 @@ def weighted_moments(
     -------
     mean, std : ndarray of shape (D,)
     """
-    weight = weight / weight.max()
-    weight = weight / weight.sum()
     rows_per_block = max(64, _BLOCK_FLOATS // max(1, X.shape[1]))
 
     def blocks() -> Iterator[slice]:
         return row_slices(X.shape[0], rows_per_block)
 
     low = np.min([X[rows].min(axis=0) for rows in blocks()], axis=0).astype(np.float64)
-    some_missing = bool(np.isnan(low).any())
+    some_missing, uneven = bool(np.isnan(low).any()), False
     if some_missing:
         low = np.fmin.reduce([np.fmin.reduce(X[rows]) for rows in blocks()]).astype(np.float64)
+        each = ((weight[rows, None] * ~np.isnan(X[rows])).max(axis=0) for rows in blocks())
+        largest = np.max(list(each), axis=0)  # (D,), of the rows that have a column
+        uneven = bool((largest < _LITTLE * weight.max()).any())
+    if not uneven:
+        weight = weight / weight.max()
+        weight = weight / weight.sum()
     high = np.fmax.reduce([np.fmax.reduce(X[rows]) for rows in blocks()]).astype(np.float64)
     unit = power_of_two(0.5 * high - 0.5 * low)
     spread = high > low  # a constant column gets no spread from the rounding of its mean
@@ -58,6 +64,12 @@ def weighted_moments(
             if some_missing:
                 missing = np.isnan(deviation)
                 deviation[missing] = 0.0
+                if uneven:
+                    part = np.where(missing, 0.0, weight[rows, None]) / largest
+                    share += part.sum(axis=0)
+                    first += (part * deviation).sum(axis=0)
+                    second += (part * np.square(deviation)).sum(axis=0)
+                    continue
                 share += weight[rows] @ ~missing
             first += weight[rows] @ deviation
             np.square(deviation, out=deviation)

@@ -454,6 +454,11 @@ class TestErrors:
             _fit(X * 1e155)
         with pytest.raises(ValueError, match="spread of the training data"):
             _fit(X * 1e-100).score_samples(X * 1e100)
+        # Each feature has its own reach: what is far for the first is near for the second.
+        unlike = _fit(X * [1e-100, 1e100, 1.0, 1.0], covariance_type="diag")
+        assert np.isfinite(unlike.score_samples([[0.0, 1e101, 0.0, 0.0]])).all()
+        with pytest.raises(ValueError, match=r"Features \[0\] of X lie more"):
+            unlike.score_samples([[1e60, 0.0, 0.0, 0.0], [0.0, 1e101, np.nan, 0.0]])
         with pytest.raises(ValueError, match="less than 1e-153"):
             _fit(X * 1e-160)
 

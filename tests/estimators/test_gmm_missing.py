@@ -308,3 +308,15 @@ def test_a_stream_with_missing_cells_has_an_exact_bound(X, covariance_type):
     assert model.elbo_ == before
     with pytest.raises(ValueError, match="cannot continue"):
         model.set_params(n_components=5).partial_fit(np.full((2, 4), np.nan))
+
+
+@every_shape
+def test_weights_over_hundreds_of_orders_of_magnitude(covariance_type):
+    """A feature may be known from rows that count for nothing beside those that lack it."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(60, 3))
+    X[:30, 1] = np.nan
+    weight = np.r_[np.full(30, 1e200), np.full(30, 1e-200)]
+    model = _fit(X, weight, n_components=3, covariance_type=covariance_type, moves=None, max_iter=3)
+    assert_allclose(model.mean_prior_[1], X[30:, 1].mean(), rtol=1e-9)
+    assert_allclose(model.elbo_, weight @ model.score_samples(X) - model.kl_, rtol=1e-9)

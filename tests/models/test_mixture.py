@@ -21,7 +21,7 @@ from skvi.models.mixture import active, bound, start
 from skvi.models.mixture.bound import Posterior, State
 from skvi.models.mixture.components import COMPONENTS, Full, Moments
 from skvi.models.mixture.weights import WEIGHTS
-from skvi.runtime.blocks import Affine, Rows
+from skvi.runtime.blocks import Affine, Rows, Workspace
 
 SHAPES = list(COMPONENTS)
 WEIGHT_LAWS = list(WEIGHTS)
@@ -472,6 +472,28 @@ def test_terms_add_up_both_ways(shape, law):
     torch.testing.assert_close(terms.energy + terms.entropy, local, rtol=1e-12, atol=1e-12)
     assert (terms.kl >= 0).all()
     assert (terms.entropy >= 0).all()
+
+
+@every_shape
+@pytest.mark.parametrize("ill", [1e7, 0.0], ids=["products", "centred rows"])
+def test_scores_of_blocks_are_those_of_rows(shape, ill, monkeypatch):
+    """One workspace serves blocks of any length; equal components go to the first."""
+    monkeypatch.setattr("skvi.models.mixture.components._ILL", ill)
+    problem = _problem(shape, "dirichlet_distribution")
+    posterior = _update(problem)
+    # A component twice, in the middle and at the end: every row of it is a tie.
+    order = torch.tensor([1, 0, 2, 0])
+    weights = posterior.weights.map(lambda a: a[order])
+    posterior = Posterior(weights, posterior.components.take(order))
+    scores = bound.Scores(posterior, Workspace())
+    for block in (slice(None, 5), slice(5, None), slice(1, 2)):
+        x = _t(problem.X[block])
+        expected = bound.log_rho(posterior, x)
+        torch.testing.assert_close(scores.log_rho(x), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(scores.local_bound(x), expected.logsumexp(0))
+        torch.testing.assert_close(scores.responsibilities(x), expected.softmax(0))
+        np.testing.assert_array_equal(scores.labels(x), expected.numpy().argmax(0))
+        assert (scores.labels(x) < 3).all()
 
 
 @every_shape

@@ -71,6 +71,7 @@ def test_evidence_of_counts_takes_batches(law):
     counts = _t([[3.0, 2.0, 0.0], [1.0, 5.0, 0.5]])
     each = [float(prior.log_evidence(row)) for row in counts]
     np.testing.assert_allclose(prior.log_evidence(counts), each, rtol=1e-13)
+    np.testing.assert_allclose(prior.update(counts[1]).counts(prior), counts[1], rtol=1e-13)
 
 
 @every_shape
@@ -234,6 +235,31 @@ def test_centring_statistics_of_cells_changes_no_update(shape):
         np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", ["diag", "spherical"])
+def test_statistics_of_cells_may_be_about_any_point(shape):
+    """Energy and sums of two sets of rows, against the rows themselves."""
+    p = _problem(shape, "dirichlet_process", D=3, N=20, weighted=True)
+    rows = IncompleteRows(_with_holes(p.X, 0.3), p.rows._affine, torch.device("cpu"), p.weight)
+    resp = _t(p.resp.T) * _t(p.weight)
+
+    def statistics(some, point):
+        around = missing.around(p.cls, _t(np.full((p.K, p.D), point)))
+        (batch,) = missing.batches(around, rows[some][0])
+        return batch.moments(resp[:, some])
+
+    whole = statistics(slice(None), 0.0)
+    posterior = p.prior.components.update(whole)
+    expected = (resp * missing.E_log_prob(posterior, rows[slice(None)][0])).sum()
+    for point in (0.0, -1.5):
+        energy = posterior.energy(statistics(slice(None), point))
+        np.testing.assert_allclose(float(energy), float(expected), rtol=1e-10)
+    both = p.cls.merge(statistics(slice(7), 2.0), statistics(slice(7, None), -1.5))
+    found = p.prior.components.update(both)
+    for name in ("mean", "kappa", "dof", "root"):
+        ours, theirs = getattr(found, name), getattr(posterior, name)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
 @every_shape
 def test_survey_sums_over_rows(shape):
     """Lost entropy and loss of removal, by loops over rows."""
@@ -255,6 +281,30 @@ def test_survey_sums_over_rows(shape):
         np.testing.assert_allclose(float(survey.removal[k]), expected, rtol=1e-9)
     total = sum(float((survey.weight[n] * r).sum()) for n, r in survey.members)
     np.testing.assert_allclose(total, p.weight.sum(), rtol=1e-2)
+
+
+@every_shape
+def test_survey_counts_completed_cells_and_no_empty_rows(shape):
+    """Rows with nothing observed say nothing, whatever their weight."""
+    p = _problem(shape, "dirichlet_process", D=3, N=15, K=3, weighted=True)
+    p.X = _with_holes(p.X, 0.3)
+    posterior, pairs = _update(_problem(shape, "dirichlet_process", D=3)), torch.tensor([[0, 2]])
+
+    def rows_of(X, weight):
+        return IncompleteRows(X, p.rows._affine, torch.device("cpu"), weight)
+
+    def survey(X, weight):
+        propose = Proposals(p.prior, rows_of(X, weight), moves.MOVES, np.random.default_rng(0))
+        return propose._look(posterior, pairs)
+
+    found = survey(p.X, p.weight)
+    resp = bound.responsibilities(posterior, rows_of(p.X, p.weight)[slice(None)][0])
+    cells = resp.numpy() @ (p.weight * np.isnan(p.X).sum(1))
+    expected = cells if shape in {"full", "tied"} else np.zeros(3)
+    np.testing.assert_allclose(found.completed, expected, rtol=1e-10)
+    more = survey(np.r_[p.X, np.full((2, 3), np.nan)], np.r_[p.weight, 50.0, 7.0])
+    for name in ("mixing", "removal", "completed"):
+        np.testing.assert_allclose(getattr(more, name), getattr(found, name), rtol=1e-10)
 
 
 def _clusters(shape, law, labels, *, K, share=0.0):

@@ -152,6 +152,21 @@ class TestMoments:
         assert_allclose(mean, X.astype(float).mean(), rtol=1e-14)
         assert_allclose(std, X.astype(float).std(), rtol=1e-10)
 
+    def test_a_column_is_weighted_by_the_rows_that_have_it(self, monkeypatch, rng):
+        """However little these count beside the rows that lack it."""
+        monkeypatch.setattr("skvi.runtime.moments._BLOCK_FLOATS", 200)
+        X, weight = rng.normal(size=(200, 2)) + 3.0, rng.uniform(1.0, 2.0, size=200)
+        X[:150, 1] = np.nan
+        weight[:150] *= 1e200
+        weight[150:] *= 1e-200
+        mean, std = weighted_moments(X, weight)
+        for j, seen in ((0, slice(150)), (1, slice(150, None))):
+            scaled = weight[seen] / weight[seen].max()
+            centre = np.average(X[seen, j], weights=scaled)
+            assert_allclose(mean[j], centre, rtol=1e-12)
+            spread = np.sqrt(np.average((X[seen, j] - centre) ** 2, weights=scaled))
+            assert_allclose(std[j], spread, rtol=1e-12)
+
     def test_blocks_do_not_matter(self, monkeypatch, rng):
         X, weight = rng.normal(size=(1000, 2)), rng.uniform(size=1000)
         whole = weighted_moments(X, weight)

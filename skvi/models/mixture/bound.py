@@ -116,37 +116,77 @@ class LogRho:
         return result
 
 
-def log_rho(posterior: Posterior, x: Tensor | Cells, workspace: Workspace | None = None) -> Tensor:
-    """``log rho_nk`` of rows (B, D), shape (K, B); ``log E[pi_k]`` where nothing is observed.
-
-    With a workspace it lies there: it holds until the next call.
-    """
+def log_rho(posterior: Posterior, x: Tensor | Cells) -> Tensor:
+    """``log rho_nk`` of rows (B, D), shape (K, B); ``log E[pi_k]`` where nothing is observed."""
     components = posterior.components
     if isinstance(x, Cells):
         log_prob = missing.E_log_prob(components, x).add_(posterior.weights.E_log()[:, None])
         # Nothing seen: the label is integrated out, and the bound is log 1.
         log_mean = posterior.weights.log_mean()[0].log_softmax(0)
         return torch.where(missing.empty(x), log_mean[:, None], log_prob)
-    if workspace is None:  # and then autograd can follow
-        return LogRho(posterior)(x, components.monomials(x))
-    (K, D), B = components.mean.shape, len(x)
-    monomials = workspace.take("monomials", x, components.n_monomials(D), B)
-    components.monomials(x, out=monomials)
-    return LogRho(posterior)(x, monomials, workspace.take("resp", x, K, B))
+    return LogRho(posterior)(x, components.monomials(x))
 
 
-def local_bound(
-    posterior: Posterior, x: Tensor | Cells, workspace: Workspace | None = None
-) -> Tensor:
+def local_bound(posterior: Posterior, x: Tensor | Cells) -> Tensor:
     """``log sum_k rho_nk`` of rows (B, D), shape (B,): the local bound in nats."""
-    return log_rho(posterior, x, workspace).logsumexp(0)
+    return log_rho(posterior, x).logsumexp(0)
 
 
-def responsibilities(
-    posterior: Posterior, x: Tensor | Cells, workspace: Workspace | None = None
-) -> Tensor:
+def responsibilities(posterior: Posterior, x: Tensor | Cells) -> Tensor:
     """``r_nk`` of rows (B, D), shape (K, B)."""
-    return log_rho(posterior, x, workspace).softmax(0)
+    return log_rho(posterior, x).softmax(0)
+
+
+class Scores:
+    """What one posterior says of rows, block after block: at the speed of a pass.
+
+    The linear form is made once, and the memory of a block serves the next one: what is returned
+    may lie there, and holds until the next call.
+
+    Parameters
+    ----------
+    posterior : Posterior
+    workspace : Workspace
+    """
+
+    def __init__(self, posterior: Posterior, workspace: Workspace) -> None:
+        self._posterior = posterior
+        self._log_rho = LogRho(posterior)
+        self._workspace = workspace
+
+    def log_rho(self, x: Tensor | Cells) -> Tensor:
+        """As the function of this name."""
+        if isinstance(x, Cells):
+            return log_rho(self._posterior, x)
+        components = self._posterior.components
+        (K, D), B = components.mean.shape, len(x)
+        monomials = self._workspace.take("monomials", x, components.n_monomials(D), B)
+        components.monomials(x, out=monomials)
+        return self._log_rho(x, monomials, self._workspace.take("resp", x, K, B))
+
+    def local_bound(self, x: Tensor | Cells) -> Tensor:
+        """As the function of this name."""
+        _, largest, total = _exponentials(self.log_rho(x))
+        return total.log_().add_(largest)
+
+    def responsibilities(self, x: Tensor | Cells) -> Tensor:
+        """As the function of this name."""
+        resp, _, total = _exponentials(self.log_rho(x))
+        return resp.div_(total)
+
+    def labels(self, x: Tensor | Cells) -> Tensor:
+        """Return the most probable component of each row, the first of equals; shape (B,)."""
+        # Along this dimension max is several times faster than argmax.
+        return self.log_rho(x).max(0).indices
+
+
+def _exponentials(log_rho: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``rho / rho_max`` in place of log rho (K, B), ``log rho_max``, and the sum; (B,)."""
+    # One exponential serves bound and responsibilities. These are normalised explicitly: a row
+    # 1e10 spreads away has log rho of 1e19, where log sum exp cannot hold the log 2 of a tie.
+    largest = log_rho.amax(0)
+    rho = log_rho.sub_(largest).exp_()
+    return rho, largest, rho.sum(0)
 
 
 def elbo_terms(posterior: Posterior, x: Tensor | Cells) -> ElboTerms[Tensor]:
@@ -257,12 +297,7 @@ class Totals:
 
     def _share_out(self, log_rho: Tensor, weight: Tensor) -> Tensor:
         """Turn log rho (K, B) into weighted responsibilities, in place; add the bound."""
-        resp = log_rho  # until normalised
-        # One exponential serves both. Responsibilities are normalised explicitly: a row 1e10
-        # spreads away has log rho of 1e19, where log sum exp cannot hold the log 2 of a tie.
-        largest = resp.amax(0)  # (B,)
-        resp.sub_(largest).exp_()
-        total = resp.sum(0)
+        resp, largest, total = _exponentials(log_rho)
         self._bound += weight @ (largest + total.log())
         return resp.mul_(weight / total)
 
