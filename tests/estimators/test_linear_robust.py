@@ -155,6 +155,18 @@ def test_predictions_describe_the_draws(rng, device):
     np.testing.assert_array_equal(model.transform(x), np.column_stack([mean, std]))
 
 
+def test_the_standard_deviation_is_that_of_the_density(rng):
+    X, y = _data(rng, 30, 3)
+    model = _robust(noise_dof=3.0).fit(X, y)
+    x = np.array([[1.0, -2.0, 0.5, 4.0]])
+    mean, std = (float(value[0]) for value in model.predict(x, return_std=True))
+    t = np.linspace(-30.0, 30.0, 2001)
+    nodes = mean + std * np.sinh(t)
+    density = np.exp(model.log_predictive(np.repeat(x, len(t), 0), nodes)) * std * np.cosh(t)
+    variance = integrate.trapezoid((nodes - mean) ** 2 * density, t)
+    assert np.sqrt(variance) == pytest.approx(std, rel=1e-7)
+
+
 def test_the_predictive_density_integrates_to_its_intervals(rng):
     X, y = _data(rng, 20, 2)
     model = _robust(noise_dof=1.5).fit(X, y)  # no variance
