@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from skvi.models.vae.likelihoods import LIKELIHOODS, Block, build_likelihood
+from skvi.models.vae.likelihoods import LIKELIHOODS, Block, Marginals, build_likelihood
 from skvi.models.vae.networks import Architecture, build
 from skvi.models.vae.start import TrainingRows, initialise
 from skvi.runtime.random import make_generator
@@ -242,3 +242,40 @@ def test_counts_of_a_million_keep_their_digits_in_float32():
         single = likelihood.float().log_prob(x, output)
         assert float(single) == pytest.approx(float(exact), rel=1e-4)
         assert math.isfinite(float(exact))
+
+
+@pytest.mark.parametrize(
+    ("name", "means"),
+    [
+        ("poisson", [1e-3, 30.0, 1e7]),
+        ("negative_binomial", [1e-3, 30.0, 1e7]),
+        ("continuous_bernoulli", [0.012, 0.5, 0.988]),
+    ],
+)
+def test_the_start_knows_that_outputs_are_bent(name, means):
+    mean, loadings = _t(means), _t([[0.05, 0.0], [0.0, -0.03], [0.02, 0.01]])
+    zero, one = torch.zeros(3).double(), torch.ones(3).double()
+    likelihood = LIKELIHOODS[name](3).double().requires_grad_(False)
+
+    def start(loadings):
+        return likelihood.start(Marginals(mean, mean, zero, loadings, one, one))
+
+    torch.testing.assert_close(likelihood.mean(start(torch.zeros(3, 2).double())[0]), mean)
+    bias, weight = start(loadings)
+    slope = torch.autograd.functional.jacobian(
+        lambda z: likelihood.mean(bias + weight @ z), zero[:2]
+    )
+    if name in COUNT:  # of the logarithm
+        slope = slope / likelihood.mean(bias)[:, None]
+    else:
+        variance = likelihood.variance(bias)
+        slope = slope * (variance.clamp_min(0.01) / variance)[:, None]
+    torch.testing.assert_close(slope, loadings)
+
+
+def test_an_average_that_rounds_above_one_has_no_negative_variance():
+    likelihood = LIKELIHOODS["categorical"](LEVELS)
+    shares = _t([0.0, 1.0 + 1e-15, 0.0, 0.25, 0.75])
+    mode, variance = likelihood.summarise(shares)
+    assert mode.tolist() == [1.0, 1.0]
+    assert variance.tolist() == [0.0, 0.1875]
