@@ -8,10 +8,11 @@ import pytest
 import torch
 from scipy import stats
 
+from skvi.models.vae import objective
 from skvi.models.vae.likelihoods import LIKELIHOODS, Block, Marginals, build_likelihood
 from skvi.models.vae.networks import Architecture, build
 from skvi.models.vae.start import TrainingRows, initialise
-from skvi.runtime.random import make_generator
+from skvi.runtime.random import make_generator, shared_noise
 
 Z_LIMIT = 5.0
 CPU = torch.device("cpu")
@@ -279,3 +280,63 @@ def test_an_average_that_rounds_above_one_has_no_negative_variance():
     mode, variance = likelihood.summarise(shares)
     assert mode.tolist() == [1.0, 1.0]
     assert variance.tolist() == [0.0, 0.1875]
+
+
+def test_binary_columns_and_codes_start_at_the_slopes_of_factor_analysis():
+    zero = torch.zeros(2).double()
+    for name, mean, loadings in (
+        ("bernoulli", [0.3, 0.8], [[0.1, 0.0], [-0.05, 0.02]]),
+        # indicators of a column sum to one, and their loadings to zero
+        ("categorical", [0.2, 0.5, 0.3], [[0.1, 0.0], [-0.04, 0.02], [-0.06, -0.02]]),
+    ):
+        mean, loadings = _t(mean), _t(loadings)
+        likelihood = build_likelihood((Block(name, (0,), (3,) if name == "categorical" else ()),))
+        bias, weight = likelihood.start(Marginals(mean, mean, mean, loadings, mean, mean))
+
+        def shares(z, likelihood=likelihood, name=name, bias=bias, weight=weight):
+            output = bias + weight @ z
+            return likelihood.mean(output) if name == "bernoulli" else likelihood.statistics(output)
+
+        torch.testing.assert_close(shares(zero), mean)
+        slope = torch.autograd.functional.jacobian(shares, zero)
+        torch.testing.assert_close(slope, loadings)
+
+
+def test_the_size_of_counts_starts_by_moments():
+    mean, var = _t([3.0, 20.0, 5.0]), _t([3.0 + 9.0 / 0.5, 20.0 + 400.0 / 7.0, 4.0])
+    likelihood = build_likelihood((Block("negative_binomial", (0, 1, 2)),)).double()
+    likelihood.start(Marginals(mean, var, mean, torch.zeros(3, 2).double(), mean, mean))
+    size = likelihood.size().detach()
+    torch.testing.assert_close(size[:2], _t([0.5, 7.0]))
+    assert float(size[2]) == pytest.approx(5000.0)  # as good as Poisson
+
+
+def test_the_start_of_noise_is_what_the_code_leaves():
+    loadings, noise, floor = _t([[0.8, 0.0], [0.0, 0.1]]), _t([0.2, 0.3]), _t([1e-3, 1e-3])
+    known = Marginals(_t([0.0, 0.0]), _t([1.0, 1.0]), _t([0.0, 0.0]), loadings, noise, floor)
+    for name, expected in (
+        ("gaussian", [0.36, 0.99]),
+        ("gaussian_heteroscedastic", [0.36, 0.99]),
+        ("student_t", [0.2, 0.3]),
+    ):
+        likelihood = build_likelihood((Block(name, (0, 1)),)).double().requires_grad_(False)
+        bias, weight = likelihood.start(known)
+        if name == "gaussian_heteroscedastic":
+            assert torch.equal(weight[2:], torch.zeros(2, 2).double())
+            var = likelihood.variance(bias)
+        else:
+            var = likelihood.log_var().exp()
+        torch.testing.assert_close(var, _t(expected), rtol=1e-5, atol=0.0)  # bent by e^-14
+        torch.testing.assert_close(weight[:2], loadings)
+
+
+@pytest.mark.parametrize("name", COUNT)
+def test_deviations_of_large_counts_keep_their_digits_in_float32(name):
+    x = torch.full((2, 1), 1e7)
+    model = _started((Block(name, (0,)),), x, 1, (), torch.float32).requires_grad_(False)
+    model.decoder.linear.weight.zero_()
+    nothing = torch.zeros(2, 1, dtype=torch.bool)
+    mean, var = objective.predictive_moments(model, x, nothing, shared_noise(50, 1, 0).float(), 7)
+    expected = model.likelihood.variance(model.decoder.linear.bias.double())
+    torch.testing.assert_close(mean, x.double(), rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(var, expected.expand(2, 1), rtol=1e-4, atol=0.0)
