@@ -266,7 +266,9 @@ def test_the_start_knows_that_outputs_are_bent(name, means):
     slope = torch.autograd.functional.jacobian(
         lambda z: likelihood.mean(bias + weight @ z), zero[:2]
     )
-    if name in COUNT:  # of the logarithm
+    if name in COUNT:  # of the logarithm; log-normal means over codes are those of the columns
+        spread = 0.5 * loadings.square().sum(-1)
+        torch.testing.assert_close(likelihood.mean(bias).log() + spread, mean.log())
         slope = slope / likelihood.mean(bias)[:, None]
     else:
         variance = likelihood.variance(bias)
@@ -340,3 +342,39 @@ def test_deviations_of_large_counts_keep_their_digits_in_float32(name):
     expected = model.likelihood.variance(model.decoder.linear.bias.double())
     torch.testing.assert_close(mean, x.double(), rtol=1e-4, atol=0.0)
     torch.testing.assert_close(var, expected.expand(2, 1), rtol=1e-4, atol=0.0)
+
+
+def test_predicted_variances_end():
+    likelihood = build_likelihood((Block("gaussian_heteroscedastic", (0,)),))
+    likelihood.log_floor.fill_(-7.0)
+    variance = likelihood.variance(_t([[0.0, -1e4], [0.0, 3.0], [0.0, 1e4]]))[:, 0]
+    expected = _t([math.exp(-7.0), math.exp(3.0) + math.exp(-7.0), math.exp(14.0)])
+    torch.testing.assert_close(variance, expected, rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("dof", [1.5, 5.0])
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_moments_of_missing_cells_are_weighted_draws_in_any_blocks(dof, spread, rng):
+    """Far from the data most draws have a weight of zero, and below two dof infinite variances."""
+    x = _t(rng.normal(size=(5, 2)))
+    blocks = (Block("gaussian", (0,), (), (spread,)), Block("student_t", (1,)))
+    model = _started(blocks, x, 2, ()).requires_grad_(False)
+    gaussian, student = model.likelihood.parts
+    gaussian.log_floor.fill_(2.0 * math.log(spread))
+    odds = (dof - 1.0) / (100.0 - dof)
+    student.tail.fill_(math.log(odds) / 10.0)
+    model.encoder.linear.weight.zero_()
+    observed = torch.tensor([[True, False]]).expand(5, 2)
+    noise = _t(rng.normal(size=(40, 2)))
+    moments = [objective.predictive_moments(model, x, observed, noise, size) for size in (1, 7, 40)]
+    z, log_q = model.posterior(x, observed).draw_with_density(noise[:, None])
+    output = model.decode(z)
+    log_prob = gaussian.log_prob(x[:, :1], output[..., :1])
+    weight = (log_prob - 0.5 * z.square().sum(-1) - log_q).softmax(0)[..., None]
+    mean = (weight * output).sum(0)
+    within = torch.where(weight > 0, model.likelihood.variance(output), 0.0)
+    second = (weight * (within + output.square())).sum(0)
+    for one in moments:
+        torch.testing.assert_close(one[0], mean, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(one[1], second - mean.square(), rtol=1e-6, atol=1e-9)
+    assert bool(torch.isinf(second[:, 1]).all()) == (dof < 2.0)
