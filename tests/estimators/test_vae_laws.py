@@ -250,6 +250,12 @@ def test_a_posterior_is_refined_by_other_draws_than_those_of_its_score(iris, mon
     assert float(torch.cdist(own, noise).min()) > 1e-6
 
 
+def test_codes_are_in_use_relative_to_the_variance_of_their_prior(iris, monkeypatch):
+    variances = np.array([1e9, 1e-9])
+    monkeypatch.setattr(VAETransformer, "_prior_variance", lambda self: variances)
+    assert _fit(_short(max_iter=1), iris).active_units_.tolist() == [False, True]
+
+
 # -- checkpoints and precision ---------------------------------------------------------------------
 
 
