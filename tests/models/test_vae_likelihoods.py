@@ -378,3 +378,26 @@ def test_moments_of_missing_cells_are_weighted_draws_in_any_blocks(dof, spread, 
         torch.testing.assert_close(one[0], mean, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(one[1], second - mean.square(), rtol=1e-6, atol=1e-9)
     assert bool(torch.isinf(second[:, 1]).all()) == (dof < 2.0)
+
+
+def test_the_encoder_reads_the_mean_in_place_of_missing_cells(name, rng):
+    x = _rows(name, rng, 60)
+    model = _started((_block(name),), x).requires_grad_(False)
+    observed = torch.ones(60, 2, dtype=torch.bool)
+    observed[:30, 1] = False
+    inputs = model.inputs(x, observed)
+    seen = model.likelihood.per_feature(observed)
+    assert (inputs[~seen] == 0.0).all()
+    assert torch.equal(inputs[seen], model.inputs(x)[seen])
+    other = x.clone()
+    other[:30, 1] = 0.0
+    assert torch.equal(model.posterior(other, observed).mean, model.posterior(x, observed).mean)
+
+
+def test_missing_cells_do_not_scale_what_the_encoder_reads():
+    x = _t([[500.0, 1.0], [501.0, 2.0], [499.0, 3.0], [0.0, 2.5]])  # zero stands for a hole
+    observed = torch.tensor([[True, True]] * 3 + [[False, True]])
+    model = build(Architecture(2, 1, (), "tanh", (_block("gaussian"),)), CPU, torch.float64)
+    floor, weight = torch.full((2,), 1e-3).double(), torch.ones(4).double()
+    initialise(model, TrainingRows.of(x, observed), weight, floor, make_generator(0))
+    assert model.input_scale.tolist() == [1.0, 1.0]
