@@ -20,6 +20,9 @@ _RANGE_PER_NOISE_STD = 300.0
 _RANGE_OF_THE_BULK = 6.0
 # Between the quartiles of a normal, in standard deviations.
 _QUARTILE_RANGE = 1.349
+# A given noise may be so many spreads of its column, or one of so many parts of it: its square and
+# what is divided by it stay in the range of float32.
+_MOST_RELATIVE_NOISE = 1e15
 # Training is in float32, which holds integers up to here.
 _LARGEST_COUNT = 2.0**24
 _MOST_LEVELS = 10_000
@@ -42,7 +45,7 @@ SUPPORTS: dict[str, _Support] = {
     "unit": _Support(
         lambda x: (x >= 0) & (x <= 1),
         "outside [0, 1]",
-        "Rescale it (for example with sklearn.preprocessing.MinMaxScaler), or fit with "
+        "Rescale it (for example with sklearn.preprocessing.MinMaxScaler(clip=True)), or fit with "
         'likelihood="gaussian".',
     ),
     "count": _Support(
@@ -129,7 +132,12 @@ def requested_blocks(
             f"noise_std={noise_std!r} fixes the noise of Gaussian columns, but there are none "
             f"with likelihood={likelihood!r}."
         )
-    std = np.asarray(noise_std, dtype=np.float64)
+    try:
+        std = np.asarray(noise_std, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"noise_std={noise_std!r} must be a number or ({n_features},) numbers."
+        ) from error
     if std.shape not in ((), (n_features,)):
         raise ValueError(
             f"noise_std has shape {std.shape}; it must be a number or ({n_features},)."
@@ -153,8 +161,10 @@ def _assigned(
         if not isinstance(listed, Iterable):
             raise ValueError(f"likelihood[{name!r}] must be a list of columns, not {given!r}.")
         for column in listed:
-            index = int(column) if isinstance(column, Integral) else position.get(column, -1)
-            if isinstance(column, bool) or not 0 <= index < n_features:
+            index = position.get(column, -1) if isinstance(column, str) else -1
+            if isinstance(column, Integral) and not isinstance(column, bool):
+                index = int(column)
+            if not 0 <= index < n_features:
                 raise ValueError(
                     f"likelihood[{name!r}] has {column!r}, which is neither an index below "
                     f"{n_features} nor the name of a column of X."
@@ -279,5 +289,13 @@ def fitted_units(
     for block in blocks:
         if block.noise_std:
             columns = list(block.columns)
-            floor[columns] = (np.array(block.noise_std) / scale[columns]) ** 2
+            relative = np.array(block.noise_std) / scale[columns]
+            usable = (relative >= 1.0 / _MOST_RELATIVE_NOISE) & (relative <= _MOST_RELATIVE_NOISE)
+            if not usable.all():
+                wrong = int(np.argmin(usable))
+                raise ValueError(
+                    f"noise_std of column {columns[wrong]} is {relative[wrong]:.3g} times its "
+                    "(weighted) spread, beyond what can be trained; give it in the units of X."
+                )
+            floor[columns] = relative**2
     return Affine(shift, scale), floor

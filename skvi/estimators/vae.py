@@ -749,7 +749,7 @@ class VAETransformer(
         blocks = self._model.architecture.blocks
         self.likelihood_ = (
             {block.name: list(block.columns) for block in blocks}
-            if isinstance(self.likelihood, dict)
+            if isinstance(self.likelihood, dict) or len(blocks) > 1
             else blocks[0].name
         )
         for name in _LEARNED:
@@ -834,7 +834,10 @@ class VAETransformer(
         return self._architecture(X.shape[1], with_levels(blocks, X))
 
     def _architecture(self, n_features: int, blocks: tuple[Block, ...]) -> Architecture:
-        sizes = np.atleast_1d(np.asarray(self.hidden_layer_sizes))
+        try:
+            sizes = np.atleast_1d(np.asarray(self.hidden_layer_sizes))
+        except ValueError:  # lists of several lengths
+            sizes = np.empty((0, 0))
         if sizes.ndim != 1 or (sizes.size and (sizes.dtype.kind not in "iu" or sizes.min() < 1)):
             raise ValueError(
                 f"hidden_layer_sizes={self.hidden_layer_sizes!r} must hold integers of at least 1."
@@ -867,7 +870,13 @@ class VAETransformer(
                 with torch.random.fork_rng(devices=[]):
                     # that of the CPU alone, which is put back; manual_seed would touch the GPU's
                     torch.default_generator.manual_seed(_derive_seed(seed, 0) + len(customs))
-                    module = given(n_in, n_out)
+                    try:
+                        module = given(n_in, n_out)
+                    except Exception as error:
+                        raise ValueError(
+                            f"{name} fails when it is called with the widths ({n_in}, {n_out}), "
+                            f"for which it must return a torch.nn.Module: {error}"
+                        ) from error
             customs[name] = checked_custom(module, n_in, n_out, name)
         return architecture._replace(encoder=customs.get("encoder"), decoder=customs.get("decoder"))
 
@@ -1075,6 +1084,7 @@ class VAETransformer(
         n = check_count(n, "n")
         ends = []
         for row in (x0, x1):
+            row = to_host(row)
             X, device = self._checked(np.reshape(row, (1, -1)) if np.ndim(row) == 1 else row)
             if X.shape[0] != 1:
                 raise ValueError(f"interpolate goes from one row to one row; got {X.shape[0]}.")

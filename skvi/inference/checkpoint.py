@@ -37,13 +37,15 @@ class Checkpoint:
     Raises
     ------
     ValueError
-        If the file is no checkpoint, or that of a run with another identity; if its folder does
-        not exist.
+        If the file is no checkpoint, or that of a run with another identity; if it is a folder; if
+        its folder does not exist.
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, str]) -> None:
         self.path = Path(path)
         self.identity = identity
+        if self.path.is_dir():
+            raise ValueError(f"checkpoint={str(path)!r} is a folder; name a file in it.")
         self._partial = self.path.with_name(f"{self.path.name}.partial")
         self._next = -math.inf
         if not self.path.parent.is_dir():

@@ -56,6 +56,31 @@ def _codes_to_pictures(n_in, n_out):
     )
 
 
+class _Beside(nn.Linear):
+    """Centres its result over the rows."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y - y.mean(0)
+
+
+class _Recurrent(nn.Module):
+    """Has a layer that returns a pair."""
+
+    def __init__(self, as_pair=False):
+        super().__init__()
+        self.as_pair = as_pair
+        self.layer = nn.GRU(1, 5, batch_first=True)
+        self.last = nn.Linear(5, 4)
+
+    def forward(self, x):
+        states, last = self.layer(x[..., None])
+        return (states, last) if self.as_pair else self.last(last[0])
+
+
 @pytest.fixture(scope="module")
 def iris():
     return load_iris().data
@@ -139,13 +164,26 @@ def test_frozen_layers_stay_and_fits_continue(iris):
         ({"encoder": nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))}, "BatchNorm1d"),
         ({"encoder": nn.Sequential(nn.Dropout(), nn.Linear(4, 4))}, "Dropout"),
         ({"encoder": 3}, "'encoder' parameter"),
+        ({"encoder": _Beside()}, "when the row beside it changes"),
+        ({"encoder": nn.Sequential(nn.Linear(4, 4), nn.RReLU())}, "draws random numbers"),
+        ({"decoder": nn.LazyLinear(4)}, "draws random numbers"),
+        ({"decoder": lambda: nn.Linear(2, 4)}, r"called with the widths \(2, 4\)"),
+        ({"encoder": _Recurrent(as_pair=True)}, "to shape tuple; it must be"),
     ],
 )
 def test_unfit_networks_are_errors_that_say_why(iris, params, match):
     vae = _short(**params)
+    state = torch.get_rng_state()
     with pytest.raises(ValueError, match=match):
         vae.fit(iris)
     assert not hasattr(vae, "elbo_")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_layers_that_return_several_things(iris):
+    vae = _fit(_short(encoder=_Recurrent(), max_iter=2), iris)
+    assert vae._model.architecture.encoder.width == 4 * 5  # all states of a row
+    np.testing.assert_allclose(vae.score_samples(iris[:3]), vae.score_samples(iris)[:3], rtol=1e-9)
 
 
 class _Killed(BaseException):

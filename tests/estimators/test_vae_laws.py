@@ -234,6 +234,28 @@ def test_refined_posteriors_have_a_higher_bound(iris, mode):
     assert (vae.amortisation_gap(holed, refine=5) >= 0).all()
 
 
+def test_a_posterior_is_refined_by_other_draws_than_those_of_its_score(iris, monkeypatch):
+    vae = _fit(_short(max_iter=1, n_mc=24), iris)
+    refine, seen = module.objective.refine, []
+
+    def record(net, x, observed, n_steps, own_noise, noise, draws_per_block):
+        seen.append((own_noise, noise))
+        return refine(net, x, observed, n_steps, own_noise, noise, draws_per_block)
+
+    monkeypatch.setattr(module.objective, "refine", record)
+    vae.score_samples(iris[:2], refine=1)
+    own, noise = seen[0]
+    assert own.shape == (16, 2)
+    assert noise.shape == (24, 2)
+    assert float(torch.cdist(own, noise).min()) > 1e-6
+
+
+def test_codes_are_in_use_relative_to_the_variance_of_their_prior(iris, monkeypatch):
+    variances = np.array([1e9, 1e-9])
+    monkeypatch.setattr(VAETransformer, "_prior_variance", lambda self: variances)
+    assert _fit(_short(max_iter=1), iris).active_units_.tolist() == [False, True]
+
+
 # -- checkpoints and precision ---------------------------------------------------------------------
 
 

@@ -155,6 +155,11 @@ def test_fixed_noise_is_in_the_units_of_x(noise_std):
         ({"noise_std": [1.0, 2.0]}, r"noise_std has shape \(2,\)"),
         ({"noise_std": [1.0, 2.0, 0.0, 1.0]}, "noise_std must be positive"),
         ({"noise_std": -1.0}, "noise_std"),
+        ({"noise_std": ["a", "b", "c", "d"]}, r"noise_std=.* must be a number or \(4,\)"),
+        ({"noise_std": [[1.0], [1.0, 2.0]]}, r"noise_std=.* must be a number or \(4,\)"),
+        ({"noise_std": 1e-200}, "noise_std of column 0 is 1.21e-200 times"),
+        ({"noise_std": [1.0, 1.0, 1e30, 1.0]}, "noise_std of column 2 is 5.68e.29 times"),
+        ({"hidden_layer_sizes": [[1], [2, 3]]}, "hidden_layer_sizes=.* must hold integers"),
         ({"noise_std": 1.0, "likelihood": "student_t"}, "there are none"),
         ({"likelihood": "cauchy"}, "likelihood"),
         ({"likelihood": {"auto": range(4)}}, "key 'auto'"),
@@ -164,6 +169,7 @@ def test_fixed_noise_is_in_the_units_of_x(noise_std):
         ({"likelihood": {"gaussian": [0, 1, 2, "age"]}}, "'age', which is neither"),
         ({"likelihood": {"gaussian": [0, 1, 2, True]}}, "True, which is neither"),
         ({"likelihood": {"gaussian": None}}, "must be a list of columns"),
+        ({"likelihood": {"gaussian": [[0, 1, 2, 3]]}}, r"\[0, 1, 2, 3\], which is neither"),
         ({"likelihood": {}}, "Column 0 of X has no likelihood"),
     ],
     ids=str,
@@ -285,6 +291,14 @@ def test_one_kind_as_a_dict_is_the_same_model():
     as_dict = _fit(_short(likelihood={"poisson": range(4)}), X)
     assert as_dict.elbo_ == _fit(_short(likelihood="poisson"), X).elbo_
     assert as_dict.likelihood_ == {"poisson": [0, 1, 2, 3]}
+
+
+def test_auto_keeps_the_choice_for_a_mixed_table():
+    X = np.c_[_column_data("poisson"), load_iris().data[:, 0].repeat(2)]
+    choice = {"poisson": [0, 1, 2, 3], "gaussian": [4]}
+    vae = _fit(_short(likelihood=choice, max_iter=1), X)
+    vae = _fit(vae.set_params(likelihood="auto", warm_start=True), X)
+    assert vae.likelihood_ == choice
 
 
 def test_likelihoods_can_be_searched_over():

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from sklearn.base import clone
 from sklearn.datasets import load_iris
@@ -195,6 +196,8 @@ def test_posterior_and_interpolate(iris):
     line = vae.interpolate(iris[0], iris[100:101], 5)
     assert line.shape == (5, 4)
     np.testing.assert_allclose(line[[0, -1]], vae.reconstruct(iris[[0, 100]]), rtol=1e-9)
+    ends = [torch.tensor(row, requires_grad=True) for row in (iris[0], iris[100:101])]
+    np.testing.assert_allclose(vae.interpolate(*ends, 5), line, rtol=1e-12)
     middle = vae.inverse_transform(0.5 * (means[[0]] + means[[100]]))
     np.testing.assert_allclose(line[[2]], middle, rtol=1e-9)
     with pytest.raises(ValueError, match="one row to one row; got 3"):

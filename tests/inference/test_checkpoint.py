@@ -80,3 +80,10 @@ def test_a_file_that_holds_code_is_not_run(tmp_path):
     np.savez(tmp_path / "file.npz", label=np.array([Harmful()], dtype=object))
     with pytest.raises(ValueError, match="not a checkpoint"):
         Checkpoint(tmp_path / "file.npz", {})
+
+
+def test_a_folder_is_no_place_for_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path, "", "/"):
+        with pytest.raises(ValueError, match="is a folder; name a file in it"):
+            Checkpoint(path, {})

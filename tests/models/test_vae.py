@@ -433,3 +433,24 @@ def test_centred_entries_are_the_matrix_that_they_stand_for(rng):
     theirs = factor_analysis(x, 2, torch.full((5,), 1e-3).double(), make_generator(0))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_the_encoder_reads_far_rows_scaled_and_starts_at_the_same_codes(rng):
+    """Features within ten units are read as they are; the linear map undoes the scale of others."""
+    x = torch.from_numpy(rng.normal(size=(60, 3)) * [0.1, 1.0, 1.0])
+    x[0, 2] = 400.0
+    models = []
+    for largest in (10.0, 1e9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("skvi.models.vae.start._LARGEST_INPUT", largest)
+            architecture = Architecture(3, 2, (), "tanh", (Block("gaussian", (0, 1, 2)),))
+            model = build(architecture, torch.device("cpu"), torch.float64)
+            floor = torch.full((3,), 1e-3, dtype=torch.float64)
+            weight = torch.ones(60, dtype=torch.float64)
+            initialise(model, TrainingRows.of(x), weight, floor, make_generator(0))
+            models.append(model.requires_grad_(False))
+    scaled, plain = models
+    expected = torch.tensor([1.0, 1.0, 10.0 / float(400.0 - x[:, 2].mean())]).double()
+    torch.testing.assert_close(scaled.input_scale, expected)
+    assert torch.equal(plain.input_scale, torch.ones(3).double())
+    torch.testing.assert_close(scaled.posterior(x).mean, plain.posterior(x).mean)

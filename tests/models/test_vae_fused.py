@@ -73,5 +73,8 @@ def test_bfloat16_rounds_the_products_and_nothing_else(n_in, hidden, n_out, acti
         assert one.dtype == torch.float32
         # 8 binary digits: a relative error of 2^-9 per rounding, of which there are a few.
         assert (one - other).norm() < 0.02 * other.norm()
+    # gradients of offsets add up in float32
+    for one in (gradient for gradient in actual if gradient.dim() == 1):
+        assert not torch.equal(one, one.bfloat16().float())
     with torch.no_grad():
         torch.testing.assert_close(network(x), exact)

@@ -230,6 +230,14 @@ def test_mixtures_start_at_training_rows_and_near_the_normal(rng):
         model = build(architecture, CPU, torch.float64)
         initialise(model, TrainingRows.of(x), torch.ones(400).double(), floor, make_generator(0))
         model.requires_grad_(False)
+        if prior == "vamp":  # half of the weight is on the standard normal, the last
+            assert float(model.prior_law(x).log_weight[-1]) == pytest.approx(math.log(0.5))
+        else:  # half of the variance is between the components
+            codes = model.encoder(model.inputs(x))[:, :2] * math.sqrt(0.5)
+            nearest = torch.cdist(model.prior.mean, codes).amin(1)
+            assert torch.allclose(nearest, torch.zeros(40).double(), atol=1e-7)
+            variances = model.prior_law(x).components.moments()[1]
+            assert torch.allclose(variances, torch.full((40, 2), 0.5).double())
         mean, var = model.prior_law(x).moments()
         assert float(mean.abs().max()) < 0.5
         assert 0.4 < float(var.min()) < float(var.max()) < 2.0
@@ -499,6 +507,34 @@ def test_refining_never_loses_and_leaves_the_weights_alone(prior, posterior, rng
     assert all(p.grad is None for p in model.parameters())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_a_refined_posterior_that_is_worse_is_not_taken(rng):
+    """A single draw to climb by: its posterior shrinks onto that draw and loses under others."""
+    model, x, noise = _model(), _x(rng, 8), shared_noise(32, 2, 1)
+
+    def bound(output):
+        terms = objective.elbo_terms(model, x, None, noise, 32, output)
+        return terms.reconstruction - terms.kl
+
+    # from a good posterior, so that there is something to lose
+    before = objective.refine(model, x, None, 300, shared_noise(64, 2, 2), noise, 32)
+    model.encoder = _Fixed(before)
+    after = objective.refine(model, x, None, 30, _normal_draws(1, 2), noise, 32)
+    kept = (after == before).all(-1)
+    assert kept.any()
+    assert (bound(after) >= bound(before)).all()
+
+
+class _Fixed(torch.nn.Module):
+    """The same output, whatever it reads."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, x):
+        return self.output
 
 
 # -- what the optimiser and the precision do to the laws -------------------------------------------

@@ -8,10 +8,11 @@ import pytest
 import torch
 from scipy import stats
 
-from skvi.models.vae.likelihoods import LIKELIHOODS, Block, build_likelihood
+from skvi.models.vae import objective
+from skvi.models.vae.likelihoods import LIKELIHOODS, Block, Marginals, build_likelihood
 from skvi.models.vae.networks import Architecture, build
 from skvi.models.vae.start import TrainingRows, initialise
-from skvi.runtime.random import make_generator
+from skvi.runtime.random import make_generator, shared_noise
 
 Z_LIMIT = 5.0
 CPU = torch.device("cpu")
@@ -242,3 +243,161 @@ def test_counts_of_a_million_keep_their_digits_in_float32():
         single = likelihood.float().log_prob(x, output)
         assert float(single) == pytest.approx(float(exact), rel=1e-4)
         assert math.isfinite(float(exact))
+
+
+@pytest.mark.parametrize(
+    ("name", "means"),
+    [
+        ("poisson", [1e-3, 30.0, 1e7]),
+        ("negative_binomial", [1e-3, 30.0, 1e7]),
+        ("continuous_bernoulli", [0.012, 0.5, 0.988]),
+    ],
+)
+def test_the_start_knows_that_outputs_are_bent(name, means):
+    mean, loadings = _t(means), _t([[0.05, 0.0], [0.0, -0.03], [0.02, 0.01]])
+    zero, one = torch.zeros(3).double(), torch.ones(3).double()
+    likelihood = LIKELIHOODS[name](3).double().requires_grad_(False)
+
+    def start(loadings):
+        return likelihood.start(Marginals(mean, mean, zero, loadings, one, one))
+
+    torch.testing.assert_close(likelihood.mean(start(torch.zeros(3, 2).double())[0]), mean)
+    bias, weight = start(loadings)
+    slope = torch.autograd.functional.jacobian(
+        lambda z: likelihood.mean(bias + weight @ z), zero[:2]
+    )
+    if name in COUNT:  # of the logarithm; log-normal means over codes are those of the columns
+        spread = 0.5 * loadings.square().sum(-1)
+        torch.testing.assert_close(likelihood.mean(bias).log() + spread, mean.log())
+        slope = slope / likelihood.mean(bias)[:, None]
+    else:
+        variance = likelihood.variance(bias)
+        slope = slope * (variance.clamp_min(0.01) / variance)[:, None]
+    torch.testing.assert_close(slope, loadings)
+
+
+def test_an_average_that_rounds_above_one_has_no_negative_variance():
+    likelihood = LIKELIHOODS["categorical"](LEVELS)
+    shares = _t([0.0, 1.0 + 1e-15, 0.0, 0.25, 0.75])
+    mode, variance = likelihood.summarise(shares)
+    assert mode.tolist() == [1.0, 1.0]
+    assert variance.tolist() == [0.0, 0.1875]
+
+
+def test_binary_columns_and_codes_start_at_the_slopes_of_factor_analysis():
+    zero = torch.zeros(2).double()
+    for name, mean, loadings in (
+        ("bernoulli", [0.3, 0.8], [[0.1, 0.0], [-0.05, 0.02]]),
+        # indicators of a column sum to one, and their loadings to zero
+        ("categorical", [0.2, 0.5, 0.3], [[0.1, 0.0], [-0.04, 0.02], [-0.06, -0.02]]),
+    ):
+        mean, loadings = _t(mean), _t(loadings)
+        likelihood = build_likelihood((Block(name, (0,), (3,) if name == "categorical" else ()),))
+        bias, weight = likelihood.start(Marginals(mean, mean, mean, loadings, mean, mean))
+
+        def shares(z, likelihood=likelihood, name=name, bias=bias, weight=weight):
+            output = bias + weight @ z
+            return likelihood.mean(output) if name == "bernoulli" else likelihood.statistics(output)
+
+        torch.testing.assert_close(shares(zero), mean)
+        slope = torch.autograd.functional.jacobian(shares, zero)
+        torch.testing.assert_close(slope, loadings)
+
+
+def test_the_size_of_counts_starts_by_moments():
+    mean, var = _t([3.0, 20.0, 5.0]), _t([3.0 + 9.0 / 0.5, 20.0 + 400.0 / 7.0, 4.0])
+    likelihood = build_likelihood((Block("negative_binomial", (0, 1, 2)),)).double()
+    likelihood.start(Marginals(mean, var, mean, torch.zeros(3, 2).double(), mean, mean))
+    size = likelihood.size().detach()
+    torch.testing.assert_close(size[:2], _t([0.5, 7.0]))
+    assert float(size[2]) == pytest.approx(5000.0)  # as good as Poisson
+
+
+def test_the_start_of_noise_is_what_the_code_leaves():
+    loadings, noise, floor = _t([[0.8, 0.0], [0.0, 0.1]]), _t([0.2, 0.3]), _t([1e-3, 1e-3])
+    known = Marginals(_t([0.0, 0.0]), _t([1.0, 1.0]), _t([0.0, 0.0]), loadings, noise, floor)
+    for name, expected in (
+        ("gaussian", [0.36, 0.99]),
+        ("gaussian_heteroscedastic", [0.36, 0.99]),
+        ("student_t", [0.2, 0.3]),
+    ):
+        likelihood = build_likelihood((Block(name, (0, 1)),)).double().requires_grad_(False)
+        bias, weight = likelihood.start(known)
+        if name == "gaussian_heteroscedastic":
+            assert torch.equal(weight[2:], torch.zeros(2, 2).double())
+            var = likelihood.variance(bias)
+        else:
+            var = likelihood.log_var().exp()
+        torch.testing.assert_close(var, _t(expected), rtol=1e-5, atol=0.0)  # bent by e^-14
+        torch.testing.assert_close(weight[:2], loadings)
+
+
+@pytest.mark.parametrize("name", COUNT)
+def test_deviations_of_large_counts_keep_their_digits_in_float32(name):
+    x = torch.full((2, 1), 1e7)
+    model = _started((Block(name, (0,)),), x, 1, (), torch.float32).requires_grad_(False)
+    model.decoder.linear.weight.zero_()
+    nothing = torch.zeros(2, 1, dtype=torch.bool)
+    mean, var = objective.predictive_moments(model, x, nothing, shared_noise(50, 1, 0).float(), 7)
+    expected = model.likelihood.variance(model.decoder.linear.bias.double())
+    torch.testing.assert_close(mean, x.double(), rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(var, expected.expand(2, 1), rtol=1e-4, atol=0.0)
+
+
+def test_predicted_variances_end():
+    likelihood = build_likelihood((Block("gaussian_heteroscedastic", (0,)),))
+    likelihood.log_floor.fill_(-7.0)
+    variance = likelihood.variance(_t([[0.0, -1e4], [0.0, 3.0], [0.0, 1e4]]))[:, 0]
+    expected = _t([math.exp(-7.0), math.exp(3.0) + math.exp(-7.0), math.exp(14.0)])
+    torch.testing.assert_close(variance, expected, rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("dof", [1.5, 5.0])
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_moments_of_missing_cells_are_weighted_draws_in_any_blocks(dof, spread, rng):
+    """Far from the data most draws have a weight of zero, and below two dof infinite variances."""
+    x = _t(rng.normal(size=(5, 2)))
+    blocks = (Block("gaussian", (0,), (), (spread,)), Block("student_t", (1,)))
+    model = _started(blocks, x, 2, ()).requires_grad_(False)
+    gaussian, student = model.likelihood.parts
+    gaussian.log_floor.fill_(2.0 * math.log(spread))
+    odds = (dof - 1.0) / (100.0 - dof)
+    student.tail.fill_(math.log(odds) / 10.0)
+    model.encoder.linear.weight.zero_()
+    observed = torch.tensor([[True, False]]).expand(5, 2)
+    noise = _t(rng.normal(size=(40, 2)))
+    moments = [objective.predictive_moments(model, x, observed, noise, size) for size in (1, 7, 40)]
+    z, log_q = model.posterior(x, observed).draw_with_density(noise[:, None])
+    output = model.decode(z)
+    log_prob = gaussian.log_prob(x[:, :1], output[..., :1])
+    weight = (log_prob - 0.5 * z.square().sum(-1) - log_q).softmax(0)[..., None]
+    mean = (weight * output).sum(0)
+    within = torch.where(weight > 0, model.likelihood.variance(output), 0.0)
+    second = (weight * (within + output.square())).sum(0)
+    for one in moments:
+        torch.testing.assert_close(one[0], mean, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(one[1], second - mean.square(), rtol=1e-6, atol=1e-9)
+    assert bool(torch.isinf(second[:, 1]).all()) == (dof < 2.0)
+
+
+def test_the_encoder_reads_the_mean_in_place_of_missing_cells(name, rng):
+    x = _rows(name, rng, 60)
+    model = _started((_block(name),), x).requires_grad_(False)
+    observed = torch.ones(60, 2, dtype=torch.bool)
+    observed[:30, 1] = False
+    inputs = model.inputs(x, observed)
+    seen = model.likelihood.per_feature(observed)
+    assert (inputs[~seen] == 0.0).all()
+    assert torch.equal(inputs[seen], model.inputs(x)[seen])
+    other = x.clone()
+    other[:30, 1] = 0.0
+    assert torch.equal(model.posterior(other, observed).mean, model.posterior(x, observed).mean)
+
+
+def test_missing_cells_do_not_scale_what_the_encoder_reads():
+    x = _t([[500.0, 1.0], [501.0, 2.0], [499.0, 3.0], [0.0, 2.5]])  # zero stands for a hole
+    observed = torch.tensor([[True, True]] * 3 + [[False, True]])
+    model = build(Architecture(2, 1, (), "tanh", (_block("gaussian"),)), CPU, torch.float64)
+    floor, weight = torch.full((2,), 1e-3).double(), torch.ones(4).double()
+    initialise(model, TrainingRows.of(x, observed), weight, floor, make_generator(0))
+    assert model.input_scale.tolist() == [1.0, 1.0]

@@ -7,7 +7,7 @@ Nothing here draws from torch's global generator: modules are built without valu
 import copy
 import itertools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -160,6 +160,12 @@ def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custo
     module = copy.deepcopy(module).to("cpu", torch.float32)
     widths = [n_in, n_out]
     hooks = []
+
+    def measure(layer: nn.Module, inputs: Any, output: Any) -> None:
+        # Recurrent and attention layers return several things.
+        several = output if isinstance(output, tuple | list) else (output,)
+        widths.extend(part.numel() // 2 for part in several if isinstance(part, Tensor))
+
     for layer in module.modules():
         kind = type(layer).__name__
         if "BatchNorm" in kind or "Dropout" in kind:
@@ -167,10 +173,12 @@ def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custo
                 f"{name} has a {kind} layer, with which a row's score would depend on the rows "
                 "beside it or on chance. Use LayerNorm or GroupNorm, or leave it out."
             )
-        hooks.append(layer.register_forward_hook(lambda _, __, y: widths.append(y.numel() // 2)))
+        hooks.append(layer.register_forward_hook(measure))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            before = torch.get_rng_state()
             y = module(torch.zeros(2, n_in))
+            by_chance = not torch.equal(torch.get_rng_state(), before)
     except Exception as error:
         raise ValueError(
             f"{name} fails on rows of {n_in} numbers, which it must map to {n_out}: {error}"
@@ -178,12 +186,32 @@ def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custo
     finally:
         for hook in hooks:
             hook.remove()
-    if y.shape != (2, n_out):
+    shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+    if shape != (2, n_out):
         raise ValueError(
-            f"{name} maps two rows of {n_in} numbers to shape {tuple(y.shape)}; it must be "
-            f"(2, {n_out})."
+            f"{name} maps two rows of {n_in} numbers to shape {shape}; it must be (2, {n_out})."
+        )
+    if by_chance:
+        raise ValueError(
+            f"{name} draws random numbers when it is called, as layers of noise do, and lazy ones "
+            "for their first weights: scores would depend on chance. Leave them out, or give "
+            "lazy layers their widths."
+        )
+    if _mixes_rows(module, n_in):
+        raise ValueError(
+            f"{name} gives a row another result when the row beside it changes. Use layers that "
+            "treat every row alone, such as LayerNorm or GroupNorm."
         )
     return Custom(module, max(widths))
+
+
+def _mixes_rows(module: nn.Module, n_in: int) -> bool:
+    """Whether the result for a row depends on the one beside it."""
+    row, one, other = torch.linspace(-1.0, 1.0, 3 * n_in).reshape(3, n_in)
+    with torch.no_grad():
+        # Copies: a module may count its calls.
+        first, second = (copy.deepcopy(module)(torch.stack([row, x]))[0] for x in (one, other))
+    return not torch.allclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def widths_of(architecture: Architecture) -> tuple[tuple[int, int], tuple[int, int]]:

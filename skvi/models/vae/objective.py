@@ -367,18 +367,20 @@ def predictive_moments(
     Returns
     -------
     mean, var : Tensor of shape (B, D)
+        float64.
     """
     q, law = model.posterior(x, observed), model.prior_law(x)
     peak = x.new_full((x.shape[0],), -math.inf)  # the largest log weight so far
     total = x.new_zeros(x.shape[0])
-    sums = x.new_zeros(x.shape[0], model.likelihood.n_statistics)
+    sums = x.new_zeros(x.shape[0], model.likelihood.n_statistics, dtype=torch.float64)
     for draws in row_slices(noise.shape[0], draws_per_block):
         log_weight, output = _weighted_draws(model, x, observed, q, law, noise[draws])
         higher = torch.maximum(peak, log_weight.amax(0))
         shrink = (peak - higher).exp()
         weight = (log_weight - higher).exp()  # (S, B)
         total = total * shrink + weight.sum(0)
-        weighted = weight[..., None] * model.likelihood.statistics(output)
+        # In float64: a variance is the difference of second moments, which may be 1e14 for counts.
+        weighted = weight[..., None] * model.likelihood.statistics(output.double())
         # Draws without weight say nothing, even where the variance is infinite.
         weighted = torch.where(weight[..., None] > 0, weighted, 0.0)
         sums = torch.where(shrink[:, None] > 0, sums * shrink[:, None], 0.0) + weighted.sum(0)

@@ -119,3 +119,17 @@ class Likelihood(nn.Module):
     def learned(self) -> dict[str, Tensor]:
         """Return what the user may see of the parameters, each of shape (D,)."""
         return {}
+
+
+def bend(output: Tensor, largest: float) -> Tensor:
+    """Map any number into ``(-largest, largest)``, smoothly, and almost to itself near zero."""
+    return largest * torch.tanh(output / largest)
+
+
+def unbend(bias: Tensor, weight: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Return what `bend` turns into ``bias + weight z``, to first order around ``z = 0``.
+
+    Biases at or beyond the limits are moved just inside. Shapes (D,) and (D, k).
+    """
+    ratio = (bias / largest).clamp(-0.99, 0.99)
+    return largest * torch.atanh(ratio), weight / (1.0 - ratio.square())[:, None]

@@ -68,7 +68,7 @@ class Categorical(Likelihood):
         best = [p.max(-1) for p in self._by_column(averages)]
         mode = torch.stack([b.indices for b in best], -1).to(averages.dtype)
         p = torch.stack([b.values for b in best], -1)
-        return mode, p * (1.0 - p)
+        return mode, p * (1.0 - p).clamp_min(0.0)  # averages may be above 1 by rounding
 
     def mean(self, output: Tensor) -> Tensor:
         """Return the most probable code; the arithmetic mean of codes says nothing."""

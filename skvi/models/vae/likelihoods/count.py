@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from skvi.distributions import counts
-from skvi.models.vae.likelihoods.base import Likelihood, Marginals
+from skvi.models.vae.likelihoods.base import Likelihood, Marginals, bend, unbend
 
 # Logarithms of means are bent smoothly into +-30: e^30 is far beyond any count that is accepted.
 _LARGEST_LOG_MEAN = 30.0
@@ -34,7 +34,7 @@ class Poisson(Likelihood):
 
     @staticmethod
     def _log_mean(output: Tensor) -> Tensor:
-        return _LARGEST_LOG_MEAN * torch.tanh(output / _LARGEST_LOG_MEAN)
+        return bend(output, _LARGEST_LOG_MEAN)
 
     def cells(self, x: Tensor, output: Tensor) -> Tensor:
         return counts.poisson_log_mass(x, self._log_mean(output))
@@ -51,7 +51,8 @@ class Poisson(Likelihood):
     def start(self, known: Marginals) -> tuple[Tensor, Tensor]:
         # The mean of exp(b + w'z) is exp(b + |w|^2 / 2).
         log_mean = known.mean.clamp_min(_SMALLEST_MEAN).log()
-        return log_mean - 0.5 * known.loadings.square().sum(-1), known.loadings
+        log_mean = log_mean - 0.5 * known.loadings.square().sum(-1)
+        return unbend(log_mean, known.loadings, _LARGEST_LOG_MEAN)
 
 
 class NegativeBinomial(Poisson):

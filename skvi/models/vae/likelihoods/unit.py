@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from skvi.distributions import continuous_bernoulli
-from skvi.models.vae.likelihoods.base import Likelihood, Marginals
+from skvi.models.vae.likelihoods.base import Likelihood, Marginals, bend, unbend
 
 # Columns that are almost constant start at logits of +-9, not at infinite ones.
 _SMALLEST_P = 1e-4
@@ -62,7 +62,7 @@ class ContinuousBernoulli(Likelihood):
 
     @staticmethod
     def _logit(output: Tensor) -> Tensor:
-        return _LARGEST_LOGIT * torch.tanh(output / _LARGEST_LOGIT)
+        return bend(output, _LARGEST_LOGIT)
 
     def cells(self, x: Tensor, output: Tensor) -> Tensor:
         return continuous_bernoulli.log_density(x, self._logit(output))
@@ -84,4 +84,5 @@ class ContinuousBernoulli(Likelihood):
             below = continuous_bernoulli.mean(middle) < known.mean
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         # First order around the mean, as above: the variance is the mean's derivative.
-        return low, known.loadings / continuous_bernoulli.variance(low).clamp_min(0.01)[:, None]
+        loadings = known.loadings / continuous_bernoulli.variance(low).clamp_min(0.01)[:, None]
+        return unbend(low, loadings, _LARGEST_LOGIT)
