@@ -210,13 +210,19 @@ class AlternatingAscent:
         return _Focus(self._settled_moments(components), visited, pairs)
 
     def _settled_moments(self, components: Components) -> Moments:
-        """Return the statistics of the settled rows, each under its owner."""
+        """Return the statistics of the settled rows, each under its owner.
+
+        They are taken about the mean of the owner: clusters may shrink before the next full pass.
+        """
+        settled = (self._owner >= 0).nonzero()[:, 0]
+        if self._x.is_contiguous():
+            return self._moments_by_owner(components, settled)
+        # Gathering columns in another order takes longer than a product with all components.
         (K, D), sums = components.mean.shape, None
         take = self._rows.workspace.take
         size = block_rows(floats_per_row(components), self._rows.device)
-        for index in (self._owner >= 0).nonzero()[:, 0].split(size):
+        for index in settled.split(size):
             owner = self._owner[index]  # (B,)
-            # About the mean of the owner: the clusters may shrink before the next full pass.
             diff = self._gather(index).sub_(components.mean[owner])  # (B, D)
             monomials = take("monomials", diff, components.n_monomials(D), len(diff))
             components.monomials(diff, out=monomials)
@@ -225,6 +231,22 @@ class AlternatingAscent:
             sums = add_to(sums, components.sums(diff, monomials, resp))
         assert sums is not None  # an empty index has one empty part
         return components.unpack(components.mean, sums)
+
+    def _moments_by_owner(self, components: Components, settled: Tensor) -> Moments:
+        """One product over the rows of each component: K times less than one with all."""
+        owner = self._owner[settled]
+        n_rows = owner.bincount(minlength=len(components.mean)).tolist()
+        counts = components.mean.new_zeros(len(n_rows))
+        first = torch.zeros_like(components.mean)
+        second = torch.zeros_like(components.root)
+        for k, rows in enumerate(settled[owner.argsort(stable=True)].split(n_rows)):
+            for chunk in rows.split(_CHUNK_ROWS):
+                weight = self._weight[chunk]
+                diff = self._gather(chunk).sub_(components.mean[k])  # (B, D)
+                counts[k] += weight.sum()
+                first[k] += weight @ diff
+                second[k % len(second)] += components.scatter(diff[None], weight[None])[0]
+        return Moments(components.mean, counts, first, second)
 
     def _gather(self, index: Tensor) -> Tensor:
         """Return rows (B, D), read as they are kept."""
