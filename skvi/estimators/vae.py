@@ -219,7 +219,7 @@ class VAETransformer(
         training (Kingma et al. 2016): codes are then not given up early. A KL without a closed form
         (prior "mixture" or "vamp", posterior type "flow") has them for all codes together. Reported
         bounds have none.
-    learning_rate_init : float, default=0.003
+    learning_rate_init : float, default=0.006
         Step of Adam after a warm-up of up to 20 steps in the first call; `fit` anneals it to zero
         along a cosine over its epochs, `partial_fit` keeps it.
     batch_size : int or "auto", default="auto"
@@ -409,7 +409,7 @@ class VAETransformer(
         beta: float = 1.0,
         kl_warmup: int = 0,
         free_bits: float = 0.0,
-        learning_rate_init: float = 0.003,
+        learning_rate_init: float = 0.006,
         batch_size: int | str = "auto",
         max_iter: int | None = None,
         early_stopping: bool | str = "auto",
