@@ -192,9 +192,10 @@ class VariationalGMM(
         Where no component is empty, a birth is paired with a merge or a deletion. A move is kept
         only if a pass over all rows finds a higher bound, so the bound of the first summit is never
         lost. The search ends when every proposal of a round has failed. A round looks for proposals
-        on a sample of at most 8 MB of rows and responsibilities, where it fits small mixtures to
-        the rows of each component (which `max_iter` does not count), and makes at most four passes
-        for each of at most nine proposals, or twelve for "full" and "tied" with missing cells.
+        on a sample (at most 8 MB of rows and responsibilities, or 250 rows a component), where it
+        fits small mixtures to the rows of each component (which `max_iter` does not count), and
+        makes at most four passes for each of at most nine proposals, or twelve for "full" and
+        "tied" with missing cells.
     device : str or torch.device, default="auto"
         "auto": the device of X if it is a tensor, else CUDA if there is one, else the CPU. An
         explicit device that is missing is an error.

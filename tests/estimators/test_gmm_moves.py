@@ -302,7 +302,7 @@ def test_every_pass_is_announced(capsys, monkeypatch):
 def test_large_data_are_searched_on_a_sample(monkeypatch):
     X, truth = _planted((300, 300, 300, 300))
     monkeypatch.setattr("skvi.models.mixture.moves._SAMPLE_BYTES", 0)
-    monkeypatch.setattr("skvi.models.mixture.moves._SMALLEST_SAMPLE", 200)
+    monkeypatch.setattr("skvi.models.mixture.moves._ROWS_PER_COMPONENT", 50)
     for shape in SHAPES:
         _start_from(monkeypatch, _exchanged(truth, X))
         moved = _fit(X, n_components=4, covariance_type=shape)

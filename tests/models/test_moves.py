@@ -452,10 +452,10 @@ def test_moves_on_the_same_components_are_not_combined():
 @holes
 def test_a_sample_of_the_rows_is_enough_to_find_a_move(shape, share, monkeypatch):
     p, state, before, step = _clusters(shape, "dirichlet_process", _joined, K=6, share=share)
-    monkeypatch.setattr(moves, "_SMALLEST_SAMPLE", 100)
+    monkeypatch.setattr(moves, "_ROWS_PER_COMPONENT", 20)
     monkeypatch.setattr(moves, "_SAMPLE_BYTES", 0)
     propose = Proposals(p.prior, p.rows, moves.MOVES, np.random.default_rng(0))
-    assert len(propose._x) == 100
+    assert len(propose._x) == 6 * 20
     np.testing.assert_allclose(float(propose._weight.sum()), 240.0)
     best = -np.inf
     for proposal in propose(state):

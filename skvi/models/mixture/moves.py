@@ -55,9 +55,10 @@ from skvi.runtime.linalg import inv_chol
 
 MOVES = ("merge", "delete", "birth", "reorder")
 
-# Proposals look at no more rows than fit into this many bytes with their responsibilities.
+# Proposals look at no more rows than fit into this many bytes with their responsibilities, or than
+# so many a component: what is left of small ones decides whether they are found to be in the way.
 _SAMPLE_BYTES = 1 << 23
-_SMALLEST_SAMPLE = 1000
+_ROWS_PER_COMPONENT = 250
 # A component with less weight than this, in rows, is an empty slot.
 EMPTY = 0.5
 # Responsibilities below this do not take part in the split of a component.
@@ -147,8 +148,8 @@ class Proposals:
         self._prior = prior.map(lambda array: array.cpu())
         self._kinds = frozenset(kinds)
         self._rng = rng
-        floats_per_row = rows.n_features + len(prior.weights.E_log())
-        most = max(_SMALLEST_SAMPLE, _SAMPLE_BYTES // (8 * floats_per_row))
+        K = len(prior.weights.E_log())
+        most = max(_ROWS_PER_COMPONENT * K, _SAMPLE_BYTES // (8 * (rows.n_features + K)))
         x, weight = sample_rows(rows, rng, most)
         weight = np.where(np.isnan(x).all(axis=1), 0.0, weight)  # they say nothing
         self._x, self._weight = torch.from_numpy(x), torch.from_numpy(weight)
