@@ -194,7 +194,7 @@ class VariationalGMM(
         lost. The search ends when every proposal of a round has failed. A round looks for proposals
         on a sample (at most 8 MB of rows and responsibilities, or 250 rows a component), where it
         fits small mixtures to the rows of each component (which `max_iter` does not count), and
-        makes at most four passes for each of at most nine proposals, or twelve for "full" and
+        makes at most four passes for each of at most ten proposals, or thirteen for "full" and
         "tied" with missing cells.
     device : str or torch.device, default="auto"
         "auto": the device of X if it is a tensor, else CUDA if there is one, else the CPU. An

@@ -448,6 +448,18 @@ def test_moves_on_the_same_components_are_not_combined():
     assert propose._disjoint(statistics, [one, many]) == [one]
 
 
+def test_a_split_that_promises_too_much_does_not_hide_the_merges():
+    p, *_ = _clusters("full", "dirichlet_process", _joined, K=6)
+    statistics = centred(_statistics(p), p.cls)
+    halves = statistics.map(lambda array: array[:2])
+    merge = Move(2000.0, (0, 1), moves._part(statistics, 0))
+    split = Move(9000.0, (3,), halves)
+    propose = Proposals(p.prior, p.rows, moves.MOVES, np.random.default_rng(0))
+    tried = list(propose._choose(statistics, [merge], [], [split]))
+    assert tried[:2] == [[split, merge], [merge]]
+    assert list(propose._choose(statistics, [merge], [], [])) == [[merge]]
+
+
 @every_shape
 @holes
 def test_a_sample_of_the_rows_is_enough_to_find_a_move(shape, share, monkeypatch):

@@ -187,6 +187,10 @@ class Proposals:
         joint = self._disjoint(moments, [move for (move,) in single])
         if joint and self.gain(moments, joint) > 0.0:
             yield joint
+        # On a sample, splits promise too much: they must not take the others down with them.
+        fewer = self._disjoint(moments, [m for (m,) in single if len(m.new.counts) < len(m.old)])
+        if 0 < len(fewer) < len(joint) and self.gain(moments, fewer) > 0.0:
+            yield fewer
         fitting = [chosen for chosen in single if self._fits(moments, chosen)]
         if len(joint) > 1:
             yield from fitting[:_N_SINGLE]
