@@ -453,10 +453,11 @@ def test_a_split_that_promises_too_much_does_not_hide_the_merges():
     statistics = centred(_statistics(p), p.cls)
     halves = statistics.map(lambda array: array[:2])
     merge = Move(2000.0, (0, 1), moves._part(statistics, 0))
-    split = Move(9000.0, (3,), halves)
+    splits = [Move(9000.0 + k, (k,), halves) for k in (5, 4, 3, 2)]
     propose = Proposals(p.prior, p.rows, moves.MOVES, np.random.default_rng(0))
-    tried = list(propose._choose(statistics, [merge], [], [split]))
-    assert tried[:2] == [[split, merge], [merge]]
+    tried = list(propose._choose(statistics, [merge], [], splits))
+    assert len(tried[0]) > 1
+    assert tried[-1] == [merge]
     assert list(propose._choose(statistics, [merge], [], [])) == [[merge]]
 
 

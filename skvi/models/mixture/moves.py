@@ -187,10 +187,6 @@ class Proposals:
         joint = self._disjoint(moments, [move for (move,) in single])
         if joint and self.gain(moments, joint) > 0.0:
             yield joint
-        # On a sample, splits promise too much: they must not take the others down with them.
-        fewer = self._disjoint(moments, [m for (m,) in single if len(m.new.counts) < len(m.old)])
-        if 0 < len(fewer) < len(joint) and self.gain(moments, fewer) > 0.0:
-            yield fewer
         fitting = [chosen for chosen in single if self._fits(moments, chosen)]
         if len(joint) > 1:
             yield from fitting[:_N_SINGLE]
@@ -207,6 +203,10 @@ class Proposals:
         if len(together) > 2:
             yield together
         yield from (pair for _, pair in exchanges[:_N_SINGLE])
+        # On a sample, splits promise too much: they must not take the others down with them.
+        fewer = self._disjoint(moments, [m for (m,) in single if len(m.new.counts) < len(m.old)])
+        if 0 < len(fewer) < len(joint) and self.gain(moments, fewer) > 0.0:
+            yield fewer
         # Merges that may pay though a lower bound of their gain does not say so.
         gains = [self.gain(moments, [move]) for move in merges]
         doubtful = [
