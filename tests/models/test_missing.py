@@ -17,6 +17,8 @@ from skvi.models.mixture.missing import Cells, IncompleteRows
 from skvi.models.mixture.weights import WEIGHTS
 from skvi.runtime.blocks import Affine, Rows
 
+from . import by_row
+
 SHAPES = list(COMPONENTS)
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 every_law = pytest.mark.parametrize("law", list(WEIGHTS))
@@ -185,7 +187,7 @@ def test_statistics_equal_the_loops(shape):
     components = posterior.components
     moments, local = bound.expectation(posterior, problem.rows)
     cells = _cells(problem.holed)
-    resp = bound.responsibilities(posterior, cells).numpy() * problem.weight
+    resp = by_row.responsibilities(posterior, cells).numpy() * problem.weight
     resp[:, 1] = 0.0  # nothing observed
     K, D = problem.K, problem.D
     counts, seen = resp.sum(1), np.zeros((K, D))
@@ -217,7 +219,7 @@ def test_statistics_equal_the_loops(shape):
     np.testing.assert_allclose(moments.second, expected, rtol=1e-8, atol=1e-9)
     if shape in {"diag", "spherical"}:
         np.testing.assert_allclose(moments.cells, seen, rtol=1e-10)
-    scores = bound.local_bound(posterior, cells)
+    scores = by_row.local_bound(posterior, cells)
     assert abs(float(scores[1])) < 1e-14
     np.testing.assert_allclose(local, problem.weight @ scores.numpy(), rtol=1e-12)
 
@@ -255,7 +257,7 @@ def test_gradient_vanishes_at_the_summit(shape, law):
         return leaves[-1]
 
     tracked = state.posterior.map(leaf)
-    local = bound.local_bound(tracked, _cells(problem.holed))
+    local = by_row.local_bound(tracked, _cells(problem.holed))
     value = _t(problem.weight) @ local - tracked.kl(problem.prior)
     np.testing.assert_allclose(float(value.detach()), values[-1], rtol=1e-12)
     for gradient in torch.autograd.grad(value, leaves):
@@ -276,7 +278,7 @@ def test_rows_without_holes_are_served_alike(shape):
     for name in ("mean", "root"):
         np.testing.assert_allclose(getattr(after_b, name), getattr(after_a, name), rtol=1e-9)
     x, cells = _t(problem.X), _cells(problem.X)
-    for function in (bound.local_bound, lambda q, x: bound.log_predictive(q, problem.prior, x)):
+    for function in (by_row.local_bound, lambda q, x: bound.log_predictive(q, problem.prior, x)):
         torch.testing.assert_close(function(posterior, cells), function(posterior, x))
 
 

@@ -23,6 +23,8 @@ from skvi.models.mixture.components import COMPONENTS, Full, Moments
 from skvi.models.mixture.weights import WEIGHTS
 from skvi.runtime.blocks import Affine, Rows, Workspace
 
+from . import by_row
+
 SHAPES = list(COMPONENTS)
 WEIGHT_LAWS = list(WEIGHTS)
 # Per Monte-Carlo check: a normal deviate beyond 5 has probability 6e-7.
@@ -426,7 +428,7 @@ def test_gradient_vanishes_at_each_update(shape, law):
     for gradient in torch.autograd.grad(value, leaves):
         assert gradient.abs().max() < 1e-9
 
-    logits = bound.responsibilities(posterior, _t(problem.X)).log().requires_grad_()
+    logits = by_row.responsibilities(posterior, _t(problem.X)).log().requires_grad_()
     value = _bound_at(problem, posterior, logits.softmax(0))
     (gradient,) = torch.autograd.grad(value, logits)
     assert gradient.abs().max() < 1e-10
@@ -467,7 +469,7 @@ def test_terms_add_up_both_ways(shape, law):
     problem = _problem(shape, law)
     posterior, x = _update(problem), _t(problem.X)
     terms = bound.elbo_terms(posterior, x)
-    local = bound.local_bound(posterior, x)
+    local = by_row.local_bound(posterior, x)
     torch.testing.assert_close(terms.reconstruction - terms.kl, local, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(terms.energy + terms.entropy, local, rtol=1e-12, atol=1e-12)
     assert (terms.kl >= 0).all()
@@ -535,7 +537,7 @@ def test_local_bound_lies_below_the_predictive(shape, law):
     problem = _problem(shape, law)
     posterior = _update(problem)
     x = _t(np.random.default_rng(1).normal(scale=5.0, size=(200, 2)))
-    gap = bound.log_predictive(posterior, problem.prior, x) - bound.local_bound(posterior, x)
+    gap = bound.log_predictive(posterior, problem.prior, x) - by_row.local_bound(posterior, x)
     assert gap.min() > 0
 
 
@@ -584,7 +586,7 @@ def test_full_update_and_bound_differences_equal_scikit_learns(law):
         _, log_resp = peer._e_step(p.X)
         resp = np.exp(log_resp)
         np.testing.assert_allclose(
-            bound.responsibilities(posterior, _t(p.X)).T, resp, rtol=1e-8, atol=1e-12
+            by_row.responsibilities(posterior, _t(p.X)).T, resp, rtol=1e-8, atol=1e-12
         )
         exact = float(_bound_at(p, posterior, _t(p.resp.T)))
         lacking = (
@@ -753,7 +755,7 @@ def test_restricted_pass_is_a_pass_with_negligible_responsibilities_removed(shap
     assert not step.looked_at_everything
 
     x, s = _t(X), _t(weight)
-    resp = bound.responsibilities(first.posterior, x)  # (K, N)
+    resp = by_row.responsibilities(first.posterior, x)  # (K, N)
     order = prior.weights.best_order(first.moments.counts)
     needed = resp > negligible
     alone = resp.max(0).values >= 1.0 - negligible

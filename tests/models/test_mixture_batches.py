@@ -14,6 +14,7 @@ from skvi.models.mixture.stochastic import StochasticAscent
 from skvi.runtime.batches import Batches
 from skvi.runtime.blocks import Affine, Rows
 
+from . import by_row
 from .test_mixture import (
     _bound_at,
     _ill_conditioned,
@@ -247,7 +248,7 @@ def test_bound_of_a_visit_is_that_of_the_responsibilities_held(shape, law):
     memoized = MemoizedAscent(problem.prior, batches, max_iter=100)
     state, value = memoized(_started(problem))
     x = _t(expanded.X)
-    resp = bound.responsibilities(state.posterior, x)  # (K, N)
+    resp = by_row.responsibilities(state.posterior, x)  # (K, N)
     assert value == pytest.approx(float(_bound_at(expanded, state.posterior, resp)), rel=1e-11)
     values, order_changed = [value], 0
     for _ in range(5):
@@ -265,7 +266,7 @@ def test_bound_of_a_visit_is_that_of_the_responsibilities_held(shape, law):
             expected = _update(expanded)
             torch.testing.assert_close(posterior.components.mean, expected.components.mean)
             mine = torch.as_tensor(owner == b)
-            resp[:, mine] = bound.responsibilities(posterior, x[mine])
+            resp[:, mine] = by_row.responsibilities(posterior, x[mine])
             expected_value = float(_bound_at(expanded, posterior, resp))
             values.append(total.bound(posterior, problem.prior))
             assert values[-1] == pytest.approx(expected_value, rel=1e-11)
@@ -291,7 +292,7 @@ def test_the_memoized_bound_never_falls_and_ends_where_coordinate_ascent_ends(sh
         memoized.look_at_everything()
         state, value = memoized(state)
         assert memoized.looked_at_everything
-        local = bound.local_bound(state.posterior, _t(problem.X)) @ _t(problem.weight)
+        local = by_row.local_bound(state.posterior, _t(problem.X)) @ _t(problem.weight)
         exact = float(local - state.posterior.kl(problem.prior))
         assert value == pytest.approx(exact, rel=1e-12)
         # a fixed point of one is a fixed point of the other
@@ -387,7 +388,7 @@ def test_steps_blend_natural_parameters(law):
     resp = np.zeros((problem.K, expanded.N))
     for t, b in enumerate(np.random.default_rng(5).permutation(n_batches)):
         mine = owner == b
-        r = bound.responsibilities(posterior, x[mine]).numpy()
+        r = by_row.responsibilities(posterior, x[mine]).numpy()
         resp[:, mine] = r
         r = n_batches * r * expanded.weight[mine]
         rows = expanded.X[mine]
@@ -420,7 +421,7 @@ def test_steps_blend_natural_parameters(law):
         np.testing.assert_allclose(a, b, rtol=1e-10)
     # The bound of the epoch belongs to the new posterior and to the responsibilities used.
     assert value == pytest.approx(float(_bound_at(expanded, posterior, _t(resp))), rel=1e-10)
-    exact = bound.local_bound(posterior, x) @ _t(expanded.weight) - posterior.kl(problem.prior)
+    exact = by_row.local_bound(posterior, x) @ _t(expanded.weight) - posterior.kl(problem.prior)
     assert value < float(exact)
 
 
@@ -437,7 +438,7 @@ def test_the_last_step_looks_at_everything(shape, law):
         state, value = stochastic(state)
         values.append(value)
     assert stochastic.looked_at_everything
-    local = bound.local_bound(state.posterior, _t(problem.X)) @ _t(problem.weight)
+    local = by_row.local_bound(state.posterior, _t(problem.X)) @ _t(problem.weight)
     assert value == pytest.approx(float(local - state.posterior.kl(problem.prior)), rel=1e-12)
     assert values[-1] > values[0]
     assert math.isfinite(values[0])

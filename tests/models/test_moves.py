@@ -15,6 +15,7 @@ from skvi.models.mixture.missing import IncompleteRows
 from skvi.models.mixture.moves import Move, Proposals, centred, combine
 from skvi.models.mixture.weights import WEIGHTS
 
+from . import by_row
 from .test_mixture import (
     _problem,
     _reference_bound,
@@ -45,7 +46,7 @@ def _largest_first(p):
 def _own_responsibilities(p):
     """Give the problem responsibilities that belong to a posterior; return that state."""
     posterior = _update(_largest_first(p))
-    p.resp = bound.responsibilities(posterior, _t(p.X)).T.numpy()
+    p.resp = by_row.responsibilities(posterior, _t(p.X)).T.numpy()
     _largest_first(p)
     return State(posterior, _statistics(p))
 
@@ -298,7 +299,7 @@ def test_survey_counts_completed_cells_and_no_empty_rows(shape):
         return propose._look(posterior, pairs)
 
     found = survey(p.X, p.weight)
-    resp = bound.responsibilities(posterior, rows_of(p.X, p.weight)[slice(None)][0])
+    resp = by_row.responsibilities(posterior, rows_of(p.X, p.weight)[slice(None)][0])
     cells = resp.numpy() @ (p.weight * np.isnan(p.X).sum(1))
     expected = cells if shape in {"full", "tied"} else np.zeros(3)
     np.testing.assert_allclose(found.completed, expected, rtol=1e-10)

@@ -14,6 +14,7 @@ what it returns is a lower bound still, and it rises by itself. What it gives aw
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from skvi.models.mixture.bound import (
     energy,
     floats_per_row,
     maximisation,
+    monomials_within,
 )
 from skvi.models.mixture.components import Components, Moments, add_to
 from skvi.models.mixture.missing import IncompleteRows
@@ -218,15 +220,13 @@ class AlternatingAscent:
         if self._x.is_contiguous():
             return self._moments_by_owner(components, settled)
         # Gathering columns in another order takes longer than a product with all components.
-        (K, D), sums = components.mean.shape, None
-        take = self._rows.workspace.take
+        K, sums, workspace = len(components.mean), None, self._rows.workspace
         size = block_rows(floats_per_row(components), self._rows.device)
         for index in settled.split(size):
             owner = self._owner[index]  # (B,)
             diff = self._gather(index).sub_(components.mean[owner])  # (B, D)
-            monomials = take("monomials", diff, components.n_monomials(D), len(diff))
-            components.monomials(diff, out=monomials)
-            resp = take("resp", diff, K, len(diff)).zero_()
+            monomials = monomials_within(workspace, components, diff)
+            resp = workspace.take("resp", diff, K, len(diff)).zero_()
             resp.scatter_(0, owner[None], self._weight[index][None])
             sums = add_to(sums, components.sums(diff, monomials, resp))
         assert sums is not None  # an empty index has one empty part
@@ -236,16 +236,22 @@ class AlternatingAscent:
         """One product over the rows of each component: K times less than one with all."""
         owner = self._owner[settled]
         n_rows = owner.bincount(minlength=len(components.mean)).tolist()
-        counts = components.mean.new_zeros(len(n_rows))
+        rows = settled[owner.argsort(stable=True)]
+        return self._moments(components, rows.split(n_rows), self._weight[rows].split(n_rows))
+
+    def _moments(
+        self, components: Components, rows: Sequence[Tensor], resp: Sequence[Tensor]
+    ) -> Moments:
+        """Return the statistics of each component's own rows under `resp`, about the means."""
+        counts = torch.stack([r.sum() for r in resp])
         first = torch.zeros_like(components.mean)
         second = torch.zeros_like(components.root)
-        for k, rows in enumerate(settled[owner.argsort(stable=True)].split(n_rows)):
-            for chunk in rows.split(_CHUNK_ROWS):
-                weight = self._weight[chunk]
-                diff = self._gather(chunk).sub_(components.mean[k])  # (B, D)
-                counts[k] += weight.sum()
-                first[k] += weight @ diff
-                second[k % len(second)] += components.scatter(diff[None], weight[None])[0]
+        for k, pair in enumerate(zip(rows, resp, strict=True)):
+            into = second[k % len(second)]  # Tied: one scatter for all
+            for index, r in zip(*(part.split(_CHUNK_ROWS) for part in pair), strict=True):
+                diff = self._gather(index).sub_(components.mean[k])  # (B, D)
+                first[k] += r @ diff
+                into += components.scatter(diff[None], r[None])[0]
         return Moments(components.mean, counts, first, second)
 
     def _gather(self, index: Tensor) -> Tensor:
@@ -283,13 +289,13 @@ class AlternatingAscent:
         parts = [components.take(torch.tensor([k])) for k in range(len(pairs))]
         weight = self._weight[visited]  # (R,)
         rows = torch.cat(pairs)  # (P,), places in `visited`
-        chunks = [visited[index].split(_CHUNK_ROWS) for index in pairs]  # rows of each component
+        own = [visited[index] for index in pairs]  # rows of each component
         log_rho = torch.cat(
             [
                 part.E_log_prob(part.centred_distance(self._gather(chunk) - part.mean))[0]
                 + E_log_pi[k]
                 for k, part in enumerate(parts)
-                for chunk in chunks[k]
+                for chunk in own[k].split(_CHUNK_ROWS)
             ]
         )  # (P,)
         largest = log_rho.new_full(weight.shape, -torch.inf)
@@ -298,18 +304,5 @@ class AlternatingAscent:
         total = torch.zeros_like(weight).index_add_(0, rows, resp)
         bound = weight @ (largest + total.log())
         resp.mul_((weight / total)[rows])
-
-        counts = torch.zeros_like(E_log_pi)
-        first = torch.zeros_like(components.mean)
-        second = torch.zeros_like(components.root)
-        start = 0
-        for k, part in enumerate(parts):
-            into = second[k % len(second)]  # Tied: one scatter for all
-            for chunk in chunks[k]:
-                r = resp[start : start + len(chunk)]
-                start += len(chunk)
-                diff = self._gather(chunk) - part.mean  # (B, D)
-                counts[k] += r.sum()
-                first[k] += r @ diff
-                into += part.scatter(diff[None], r[None])[0]
-        return Moments(components.mean, counts, first, second), float(bound)
+        shares = resp.split([len(index) for index in pairs])
+        return self._moments(components, own, shares), float(bound)

@@ -115,6 +115,19 @@ class LogRho:
             result[index] = centred.add_(self.E_log_pi[index, None])
         return result
 
+    def within(self, workspace: Workspace, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return monomials (F, B) and log rho (K, B) of rows (B, D) in a workspace."""
+        monomials = monomials_within(workspace, self._components, x)
+        out = workspace.take("resp", x, len(self._form), len(x))
+        return monomials, self(x, monomials, out)
+
+
+def monomials_within(workspace: Workspace, components: Components, x: Tensor) -> Tensor:
+    """Return the monomials of rows (B, D) in a workspace, shape (F, B)."""
+    B, D = x.shape
+    out = workspace.take("monomials", x, components.n_monomials(D), B)
+    return components.monomials(x, out=out)
+
 
 def log_rho(posterior: Posterior, x: Tensor | Cells) -> Tensor:
     """``log rho_nk`` of rows (B, D), shape (K, B); ``log E[pi_k]`` where nothing is observed."""
@@ -125,16 +138,6 @@ def log_rho(posterior: Posterior, x: Tensor | Cells) -> Tensor:
         log_mean = posterior.weights.log_mean()[0].log_softmax(0)
         return torch.where(missing.empty(x), log_mean[:, None], log_prob)
     return LogRho(posterior)(x, components.monomials(x))
-
-
-def local_bound(posterior: Posterior, x: Tensor | Cells) -> Tensor:
-    """``log sum_k rho_nk`` of rows (B, D), shape (B,): the local bound in nats."""
-    return log_rho(posterior, x).logsumexp(0)
-
-
-def responsibilities(posterior: Posterior, x: Tensor | Cells) -> Tensor:
-    """``r_nk`` of rows (B, D), shape (K, B)."""
-    return log_rho(posterior, x).softmax(0)
 
 
 class Scores:
@@ -158,19 +161,15 @@ class Scores:
         """As the function of this name."""
         if isinstance(x, Cells):
             return log_rho(self._posterior, x)
-        components = self._posterior.components
-        (K, D), B = components.mean.shape, len(x)
-        monomials = self._workspace.take("monomials", x, components.n_monomials(D), B)
-        components.monomials(x, out=monomials)
-        return self._log_rho(x, monomials, self._workspace.take("resp", x, K, B))
+        return self._log_rho.within(self._workspace, x)[1]
 
     def local_bound(self, x: Tensor | Cells) -> Tensor:
-        """As the function of this name."""
+        """``log sum_k rho_nk`` of rows (B, D), shape (B,): the local bound in nats."""
         _, largest, total = _exponentials(self.log_rho(x))
         return total.log_().add_(largest)
 
     def responsibilities(self, x: Tensor | Cells) -> Tensor:
-        """As the function of this name."""
+        """``r_nk`` of rows (B, D), shape (K, B)."""
         resp, _, total = _exponentials(self.log_rho(x))
         return resp.div_(total)
 
@@ -282,10 +281,7 @@ class Totals:
         if isinstance(x, Cells):
             return self._add_cells(x, weight)
         components = self.posterior.components
-        (K, D), B = components.mean.shape, len(x)
-        monomials = self._workspace.take("monomials", x, components.n_monomials(D), B)
-        components.monomials(x, out=monomials)
-        resp = self._log_rho(x, monomials, self._workspace.take("resp", x, K, B))
+        monomials, resp = self._log_rho.within(self._workspace, x)
         self._share_out(resp, weight)
         self._sums = add_to(self._sums, components.sums(x, monomials, resp))
         if self._ill is not None:
