@@ -32,6 +32,8 @@ FITS: dict[str, dict[str, Any]] = {
 LOOPS = {"loop": 1, "importance-loop": 50}
 LEVELS = (-120, -110, -100, -95, -90, -88)
 N_DRAWS = 5000
+# Published levels are means over all test rows; for the shorter runs a tenth of them will do.
+MINUTES_FOR_ALL_ROWS = 60
 FOLDER = RESULTS / "mnist"
 
 
@@ -71,6 +73,11 @@ def binarised(grey: np.ndarray, seed: int) -> np.ndarray:
 
 def path_of(name: str, minutes: float) -> Path:
     return FOLDER / f"{name}-{minutes:g}-minutes-{torch.get_num_threads()}-threads.json"
+
+
+def test_rows(test: np.ndarray, minutes: float) -> np.ndarray:
+    """Return the rows on which a run of `minutes` is judged."""
+    return test if minutes >= MINUTES_FOR_ALL_ROWS else test[::10]
 
 
 def fit(name: str, minutes: float, grey: np.ndarray, test: np.ndarray) -> None:
@@ -113,7 +120,9 @@ def fit(name: str, minutes: float, grey: np.ndarray, test: np.ndarray) -> None:
 
     with noted_epochs(note):
         vae = estimator(record["n_epochs"]).fit(X)
-    record["log p"] = float(vae.log_predictive(test, n_importance=N_DRAWS).mean())
+    rows = test_rows(test, minutes)
+    record["log p"] = float(vae.log_predictive(rows, n_importance=N_DRAWS).mean())
+    record["test rows"] = len(rows)
     path.write_text(json.dumps(record))
 
 
@@ -146,16 +155,22 @@ def loop(name: str, minutes: list[float], grey: np.ndarray, test: np.ndarray) ->
                 "bounds": bounds,
             }
             torch.save(state, state_path)
-        log_p = model.log_predictive(torch.from_numpy(test), N_DRAWS)
-        path.write_text(json.dumps({"seconds": seconds, "bounds": bounds, "log p": log_p}))
+        rows = test_rows(test, limit)
+        record = {
+            "seconds": seconds,
+            "bounds": bounds,
+            "log p": model.log_predictive(torch.from_numpy(rows), N_DRAWS),
+            "test rows": len(rows),
+        }
+        path.write_text(json.dumps(record))
 
 
-def run(report: Report, names: list[str], minutes: list[float], n_test: int) -> None:
+def run(report: Report, names: list[str], minutes: list[float]) -> None:
     """Make the runs that are missing, then print a row for each."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with np.load(DATA / "mnist.npz", allow_pickle=False) as data:
         grey = (data["X_train"] / 255.0).astype(np.float32)
-        test = binarised(data["X_test"] / 255.0, seed=0)[:: len(data["X_test"]) // n_test]
+        test = binarised(data["X_test"] / 255.0, seed=0)
     rows = []
     for name in names:
         if name in LOOPS:
@@ -178,16 +193,17 @@ def run(report: Report, names: list[str], minutes: list[float], n_test: int) -> 
                     record["seconds"][-1],
                     record["bounds"][-1],
                     record["log p"],
+                    record["test rows"],
                     *reached,
                 ]
             )
     report.table(
         "Dynamically binarised MNIST, 2 x 200 tanh, 50 codes, "
-        f"{torch.get_num_threads()} threads; log p with {N_DRAWS} draws on {len(test)} test rows, "
+        f"{torch.get_num_threads()} threads; log p with {N_DRAWS} draws on so many test rows, "
         "binarised with seed 0; seconds until the running bound of training passes a level (of "
         "importance-loop: its importance-weighted bound)",
         [
-            "fit", "minutes", "epochs", "seconds", "last bound", "log p",
+            "fit", "minutes", "epochs", "seconds", "last bound", "log p", "test rows",
             *(f"to {v}" for v in LEVELS),
         ],
         rows,

@@ -206,4 +206,4 @@ def run(
         density(report, n_splits=1 if quick else 3)
     runs = [part for part in parts if part in RUNS]
     if runs and (budget or not quick) and (DATA / "mnist.npz").exists():
-        mnist.run(report, runs, budget or [2.0], n_test=1000)
+        mnist.run(report, runs, budget or [2.0])

@@ -599,6 +599,10 @@ class VariationalGMM(
             ascend.restart(self.max_iter - monitor.n_iter)
             left = self.max_iter - monitor.n_iter
             solution = climb(step, state, max_iter=left, monitor=monitor)
+            converged = solution.status is Status.CONVERGED
+            if converged and ascend.looked_at_everything and not ascend.rises:
+                # `max_iter` forced this pass, which keeps the posterior: its rise says nothing.
+                solution = solution._replace(status=Status.MAX_ITER)
             while solution.status is Status.CONVERGED and not ascend.looked_at_everything:
                 # Only a full pass may say so; after steps that rise and fall it is asked once.
                 ascend.look_at_everything()

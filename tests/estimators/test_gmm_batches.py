@@ -121,6 +121,19 @@ def test_learning_rates_are_used(X):
             elbo(**wrong)
 
 
+def test_steps_that_max_iter_cut_short_have_not_converged(X):
+    """The full pass that ends them raises the bound little, since it keeps their posterior."""
+    params = {"algorithm": "svi", "batch_size": 30, "n_components": 3, "tol": 1e-4}
+    with pytest.warns(ConvergenceWarning):
+        cut = _fit(X, max_iter=20, **params)
+    *_, step, last = np.diff(cut.elbo_history_) / len(X)
+    assert step > params["tol"] > last  # else the case shows nothing
+    assert not cut.converged_
+    whole = _fit(X, **params)
+    assert whole.converged_
+    assert whole.n_iter_ < whole.max_iter
+
+
 def test_auto_takes_laps_where_they_pay(X, monkeypatch):
     def fit(algorithm="auto"):
         with warnings.catch_warnings():
