@@ -183,7 +183,7 @@ class VariationalGMM(
         What is tried once the ascent has converged, to leave a local optimum. "auto" is all of
         these, but only "reorder" with algorithm="svi"; None (or an empty list) is none:
 
-        * "merge" makes one component of two;
+        * "merge" makes one component of two or, where only that pays, of many;
         * "delete" takes a component away, and its rows go to the others;
         * "birth" splits a component by a small mixture of its rows, into empty components;
         * "reorder" puts large components first, in every pass, where the sticks of a Dirichlet
@@ -192,10 +192,10 @@ class VariationalGMM(
         Where no component is empty, a birth is paired with a merge or a deletion. A move is kept
         only if a pass over all rows finds a higher bound, so the bound of the first summit is never
         lost. The search ends when every proposal of a round has failed. A round looks for proposals
-        on a sample (at most 8 MB of rows and responsibilities, or 250 rows a component), where it
-        fits small mixtures to the rows of each component (which `max_iter` does not count), and
-        makes at most four passes for each of at most ten proposals, or thirteen for "full" and
-        "tied" with missing cells.
+        on a sample (at most 8 MB of rows and responsibilities, or 250 rows a component in at most
+        64 MB), where it fits small mixtures to the rows of each component (which `max_iter` does
+        not count), and makes at most four passes for each of at most eleven proposals, or fourteen
+        for "full" and "tied" with missing cells.
     device : str or torch.device, default="auto"
         "auto": the device of X if it is a tensor, else CUDA if there is one, else the CPU. An
         explicit device that is missing is an error.
@@ -630,6 +630,7 @@ class VariationalGMM(
                 try:
                     higher = ascend_from(state, tol)
                 except torch.linalg.LinAlgError:
+                    monitor.tol = self.tol
                     del monitor.history[n_kept:]  # the state they belonged to is lost
                     return Solution(state, monitor.history, Status.CONVERGED)
                 # What was reached before the bound left the finite numbers stays.

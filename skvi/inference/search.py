@@ -46,7 +46,8 @@ def search(
         Its bound is never below that of `solution`.
     """
     improved = True
-    while improved and monitor.n_iter < max_iter and solution.status is Status.CONVERGED:
+    # A round takes a pass to look for proposals, and one at least to try them.
+    while improved and monitor.n_iter + 1 < max_iter and solution.status is Status.CONVERGED:
         improved = False
         monitor.hold()
         for proposal in propose(solution.state):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy.special import gammaln
 from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
@@ -177,6 +178,37 @@ def test_a_bad_start_is_repaired_in_spite_of_holes(
     assert moved.elbo_ > plain.elbo_ + 10.0
     assert moved.elbo_ > ideal.elbo_ - 1.0
     _check(moved, holed)
+
+
+@pytest.mark.parametrize("covariance_type", ["full", "diag", "spherical"])
+@pytest.mark.parametrize("share", [0.0, 0.15])
+def test_components_of_equal_rows_do_not_hide_a_split(covariance_type, share, monkeypatch):
+    """What is left of their scatter is rounding of either sign, which measures nothing."""
+    X, truth = _planted(n_noise=2)
+    X = np.where((truth >= 2)[:, None], X[np.repeat([0, 60, 120, 180], 60)], X)
+    _start_from(monkeypatch, _joined(truth, X))
+    moved = _fit(_holed(X, share), moves=["birth"], covariance_type=covariance_type)
+    assert adjusted_rand_score(truth, moved.predict(X)) == 1.0
+    assert moved.n_active_components_ == 4
+
+
+@every_law
+@pytest.mark.parametrize("seed", [2, 3])
+def test_many_components_of_few_rows_become_one(seed, law):
+    """Where no merge of two pays but all together do."""
+    X = np.random.default_rng(seed).normal(size=(90, 13))
+    X[np.random.default_rng(seed + 50).uniform(size=X.shape) < 0.3] = 0.0
+    params = {"weight_concentration_prior_type": law, "weight_concentration_prior": 0.1}
+    one = _fit(X, n_components=1, **params)
+    moved = _fit(X, n_components=10, random_state=seed, **params)
+    # What the counts cost if there are nine more components that might have had the rows.
+    prior = np.r_[1.0, 0.1] if law == "dirichlet_process" else np.full(10, 0.1)
+    counts = np.zeros(len(prior))
+    counts[0] = len(X)
+    cost = (gammaln(prior + counts) - gammaln(prior)).sum()
+    cost += gammaln(prior.sum()) - gammaln(prior.sum() + len(X))
+    assert moved.elbo_ >= one.elbo_ + cost - 1e-3 * len(X)
+    _check(moved, X)
 
 
 def test_halves_of_a_cluster_are_merged_in_spite_of_holes(monkeypatch):

@@ -400,11 +400,14 @@ def test_margins_and_conditionals_of_the_predictive_by_quadrature(shape, law):
 
 
 @every_shape
-def test_conditional_variance_is_that_of_draws(shape):
-    """Draw the component, then the cell under its expected precision."""
+@pytest.mark.parametrize("hole", [[1], [0, 1], [0, 2], [0, 1, 2]])
+def test_conditional_variance_is_that_of_draws(shape, hole):
+    """Draw the component, then the cells under its expected precision."""
     problem = _problem(shape, D=3)
     posterior = _climb(problem, 30)[0].posterior
-    row = np.array([0.7, np.nan, -0.4])
+    row = np.array([0.7, 0.2, -0.4])
+    seen = [d for d in range(3) if d not in hole]
+    row[hole] = np.nan
     mean, var = bound.conditional(posterior, problem.prior, _cells(row[None]))
     parts = []
     for law in (posterior.components, problem.prior.components):
@@ -418,17 +421,17 @@ def test_conditional_variance_is_that_of_draws(shape):
             else:
                 cov = np.broadcast_to(cov, (K, 3, 3))[k]
             m = law.mean[k].numpy()
-            gain = cov[1, [0, 2]] @ np.linalg.inv(cov[np.ix_([0, 2], [0, 2])])
-            location = m[1] + gain @ (row[[0, 2]] - m[[0, 2]])
-            parts.append((location, cov[1, 1] - gain @ cov[[0, 2], 1]))
+            gain = cov[np.ix_(hole, seen)] @ np.linalg.inv(cov[np.ix_(seen, seen)])
+            location = m[hole] + gain @ (row[seen] - m[seen])
+            left = cov[np.ix_(hole, hole)] - gain @ cov[np.ix_(seen, hole)]
+            parts.append((location, left.diagonal()))
     log_weight = bound._log_predictive_parts(posterior, problem.prior, _cells(row[None]))
     w = torch.softmax(log_weight[:, 0], 0).numpy()
-    location, variance = np.array(parts).T
+    location, variance = np.array(parts).swapaxes(0, 1)  # (K + 1, holes) each
     expected = w @ location
-    np.testing.assert_allclose(float(mean[0, 1]), expected, rtol=1e-9)
-    np.testing.assert_allclose(
-        float(var[0, 1]), w @ (variance + (location - expected) ** 2), rtol=1e-9
-    )
+    np.testing.assert_allclose(mean[0, hole], expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(var[0, hole], w @ (variance + (location - expected) ** 2), rtol=1e-9)
+    assert (var[0, seen] == 0.0).all()
 
 
 @pytest.mark.parametrize("shape", ["diag", "spherical"])

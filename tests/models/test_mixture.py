@@ -797,6 +797,27 @@ def test_on_separated_clusters_nothing_is_visited():
     assert len(step._focus.visited) < 0.05 * N
 
 
+def test_a_pass_is_full_where_a_component_with_settled_rows_became_ill(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 50)
+    X = 20.0 * labels[:, None] + rng.normal(size=(100, 2))
+    rows = Rows(X, Affine(np.zeros(2), np.ones(2)), torch.device("cpu"))
+    prior = _problem("full", "dirichlet_process", D=2, K=2).prior
+    one_hot = torch.nn.functional.one_hot(torch.as_tensor(labels), 2).T.double()
+    moments = Full.unpack(torch.zeros(2, 2), Full.sums(_t(X), Full.monomials(_t(X)), one_hot))
+    step = active.AlternatingAscent(prior, rows, max_iter=100, negligible=1e-9)
+    state = State(prior, moments)
+    for _ in range(3):
+        state, _ = step(state)
+    assert not step.looked_at_everything
+    monkeypatch.setattr("skvi.models.mixture.components._ILL", 0.0)
+    state, value = step(state)
+    assert step.looked_at_everything
+    assert (step._owner < 0).all()  # nor are they settled from now on
+    local = by_row.local_bound(state.posterior, _t(X)).sum()
+    assert value == pytest.approx(float(local - state.posterior.kl(prior)), rel=1e-12)
+
+
 def test_passes_are_full_while_the_bound_rises_fast():
     """Heavy tails in many features: one-hot responsibilities long before clusters have formed."""
     rng = np.random.default_rng(2)

@@ -400,6 +400,54 @@ def test_a_deletion_finds_what_was_predicted_or_more(shape, share):
     assert after - before >= move.gain - 0.1
 
 
+@every_shape
+@every_law
+def test_gain_of_many_merges_of_whole_rows_is_the_difference_of_two_bounds(shape, law, monkeypatch):
+    monkeypatch.setattr(moves, "_BARRIER", np.inf)
+    p = _problem(shape, law, D=3, N=31, K=5)
+    labels = np.repeat(np.arange(5), [16, 8, 4, 2, 1])  # counts tell who is in a group
+    p.resp = np.maximum(np.eye(5)[labels], _NONE)
+    statistics, before = centred(_statistics(p), p.cls), _reference_bound(p)
+    propose = Proposals(p.prior, p.rows, ("merge",), np.random.default_rng(0))
+    pairs = torch.tensor(list(itertools.combinations(range(5), 2)))
+    nothing = torch.zeros(10).double()
+    survey = moves.Survey(_t(p.X), _t(p.weight), [], nothing, nothing[:5], nothing[:5])
+    gain, merged = propose._agglomerate(statistics, pairs, survey)
+    groups = merged.counts.round().int().tolist()
+    assert sum(groups) == 31
+    assert 1 <= np.count_nonzero(groups) <= 3
+    members = np.array([[count & size > 0 for size in (16, 8, 4, 2, 1)] for count in groups])
+    p.resp = np.maximum(np.eye(5)[labels] @ members.T, _NONE)
+    np.testing.assert_allclose(gain, _reference_bound(_largest_first(p)) - before, rtol=1e-8)
+    found = p.prior.components.update(merged.reordered(merged.counts.argsort(descending=True)))
+    expected = _update(p).components
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-9)
+    np.testing.assert_allclose(
+        found.inverse_scale(), expected.inverse_scale(), rtol=1e-8, atol=1e-9
+    )
+
+
+@every_shape
+@every_law
+def test_many_merges_find_what_was_predicted_or_more(shape, law, monkeypatch):
+    monkeypatch.setattr(moves, "_BARRIER", np.inf)
+    p = _problem(shape, law, D=3, N=40, K=5, weighted=True)
+    step = bound.coordinate_ascent(p.prior, p.rows)
+    state, before = step(State(p.prior, _statistics(p)))
+    statistics = centred(state.moments, p.cls)
+    propose = Proposals(p.prior, p.rows, ("merge",), np.random.default_rng(0))
+    pairs = torch.tensor(list(itertools.combinations(range(5), 2)))
+    survey = propose._look(state.posterior, pairs)
+    gain, merged = propose._agglomerate(statistics, pairs, survey)
+    _, after = step(State(state.posterior, merged))
+    assert after - before >= gain - 1e-9
+    # Without the entropy of shared rows it would promise too much.
+    careless = survey._replace(mixing=torch.zeros(10).double())
+    gain, merged = propose._agglomerate(statistics, pairs, careless)
+    _, after = step(State(state.posterior, merged))
+    assert after - before < gain - 1.0
+
+
 def test_the_check_of_predictions_can_fail():
     """Leaving out the entropy of the labels is seen."""
     p = _problem("full", "dirichlet_process", D=3, N=20, K=4, weighted=True)
@@ -413,6 +461,149 @@ def test_the_check_of_predictions_can_fail():
     both = p.resp[:, 0] + p.resp[:, 1]
     p.resp = np.column_stack([both, p.resp[:, 2:], np.full(p.N, _NONE)])
     assert careless > _reference_bound(_largest_first(p)) - before + 0.5
+
+
+@every_law
+def test_gain_of_several_moves_counts_the_parts_of_each(law):
+    p = _problem("diag", law, K=6, N=40)
+    statistics = centred(_statistics(p), p.cls)
+    counts = _t([4.0, 9.0, 7.0, 12.0, 2.0, 6.0])  # not in order
+    statistics = statistics._replace(counts=counts)
+    propose = Proposals(p.prior, p.rows, moves.MOVES, np.random.default_rng(0))
+
+    def parts(*of_each):
+        n = len(of_each)
+        return statistics.map(lambda array: array[:n])._replace(counts=_t(of_each))
+
+    merge, another = Move(3.0, (0, 1), parts(13.0)), Move(-1.0, (4, 5), parts(8.0))
+    split, deletion = Move(8.0, (3,), parts(5.0, 7.0)), Move(2.0, (2,), parts())
+    evidence = p.prior.weights.log_evidence
+    before = float(evidence(_t([12.0, 9.0, 7.0, 6.0, 4.0, 2.0])))
+    for chosen, gain, after in (
+        ([], 0.0, [12.0, 9.0, 7.0, 6.0, 4.0, 2.0]),
+        ([merge], 3.0, [13.0, 12.0, 7.0, 6.0, 2.0, 0.0]),
+        ([merge, another], 2.0, [13.0, 12.0, 8.0, 7.0, 0.0, 0.0]),
+        ([merge, split], 11.0, [13.0, 7.0, 7.0, 6.0, 5.0, 2.0]),
+        # The rows of a deletion are still to be counted, though it is not known where.
+        ([deletion, another], 1.0, [12.0, 9.0, 8.0, 7.0, 4.0, 0.0]),
+        ([split, deletion, merge, another], 12.0, [13.0, 8.0, 7.0, 7.0, 5.0, 0.0]),
+    ):
+        expected = gain + float(evidence(_t(after))) - before
+        np.testing.assert_allclose(propose.gain(statistics, chosen), expected, rtol=1e-12)
+    assert statistics.counts is counts
+    assert counts.tolist() == [4.0, 9.0, 7.0, 12.0, 2.0, 6.0]
+
+
+@every_shape
+@every_law
+def test_gain_of_a_deletion_is_that_of_all_other_factors_as_they_are(shape, law):
+    """The bound without a component, whose rows get new labels, before anything adapts."""
+    p = _problem(shape, law, D=2, N=20, K=4, weighted=True)
+    state = _own_responsibilities(p)
+    statistics, components = centred(state.moments, p.cls), state.posterior.components
+    propose = Proposals(p.prior, p.rows, ("delete",), np.random.default_rng(0))
+    survey = propose._look(state.posterior, torch.empty(0, 2, dtype=torch.long))
+    found = propose._deletions(state.posterior, statistics, torch.arange(4), survey)
+    assert sorted(move.old for move in found) == [(0,), (1,), (2,), (3,)]
+    log_rho = bound.log_rho(state.posterior, _t(p.X))  # (K, N)
+    for move in found:
+        (k,) = move.old
+        rest = torch.tensor([j for j in range(4) if j != k])
+        local = log_rho[rest].logsumexp(0) - log_rho.logsumexp(0)
+        kl = components.take(rest).kl(p.prior.components) - components.kl(p.prior.components)
+        np.testing.assert_allclose(move.gain, float(_t(p.weight) @ local - kl), rtol=1e-9)
+        after = combine(statistics, [move], p.cls)
+        assert after.counts.tolist() == [*statistics.counts[rest], 0.0]
+        if shape == "tied":  # the rows that are left keep the covariance of all
+            np.testing.assert_allclose(
+                after.second / after.counts.sum(),
+                statistics.second / statistics.counts.sum(),
+                rtol=1e-12,
+            )
+
+
+def test_merges_are_doubted_by_the_cells_of_the_smaller_component():
+    p = _problem("full", "dirichlet_process", K=4, N=20)
+    statistics = centred(_statistics(p), p.cls)
+    propose = Proposals(p.prior, p.rows, moves.MOVES, np.random.default_rng(0))
+    pairs = torch.tensor(list(itertools.combinations(range(4), 2)))
+    completed = _t([5.0, 2.0, 9.0, 3.0])
+    survey = moves.Survey(
+        _t(p.X), _t(p.weight), [], torch.zeros(6).double(), torch.zeros(4).double(), completed
+    )
+    merges = propose._merges(statistics, pairs, survey)
+    assert len(merges) == 4
+    for move in merges:
+        assert move.doubt == float(completed[list(move.old)].min())
+
+    # Those that would pay if what is in doubt were gained, the most promising ones first.
+    def merge(gain, doubt):
+        move = merges[0]._replace(gain=0.0)
+        return move._replace(gain=gain - propose.gain(statistics, [move]), doubt=doubt)
+
+    first, second, third, fourth = (
+        merge(-5.0, 20.0),
+        merge(-3.0, 10.0),
+        merge(-1.0, 2.0),
+        merge(-2.0, 2.5),
+    )
+    hopeless = merge(-9.0, 8.0)
+    tried = list(propose._choose(statistics, [hopeless, third, fourth, second, first], [], []))
+    assert [move.gain for (move,) in tried] == [first.gain, second.gain, third.gain]
+
+
+def test_tied_cavity_and_the_rows_of_a_component_make_the_posterior():
+    p = _problem("tied", "dirichlet_process", D=3, N=20, K=4, weighted=True)
+    statistics = centred(_statistics(p), p.cls)
+    everything = p.prior.components.update(statistics)
+    propose = Proposals(p.prior, p.rows, moves.MOVES, np.random.default_rng(0))
+    for k in range(4):
+        point, r = torch.ones(1, 3).double(), _t(p.weight * p.resp[:, k])[None]
+        diff = _t(p.X) - point
+        one = p.cls.unpack(point, p.cls.sums(diff, p.cls.monomials(diff), r))
+        found = propose._cavity(statistics, one).update(one)
+        np.testing.assert_allclose(found.mean[0], everything.mean[k], rtol=1e-10)
+        np.testing.assert_allclose(found.kappa[0], everything.kappa[k], rtol=1e-12)
+        np.testing.assert_allclose(found.dof, everything.dof, rtol=1e-12)
+        np.testing.assert_allclose(found.root, everything.root, rtol=1e-10, atol=1e-12)
+
+
+def test_a_tied_split_takes_what_lies_between_its_parts_from_the_scatter():
+    p, state, _, _ = _clusters("tied", "dirichlet_process", _joined, K=6)
+    statistics = centred(state.moments, p.cls)
+    propose = Proposals(p.prior, p.rows, moves.MOVES, np.random.default_rng(0))
+    survey = propose._look(state.posterior, torch.empty(0, 2, dtype=torch.long))
+    k = int(statistics.counts.argmax())
+    part = state.posterior.components.take(torch.tensor([k]))
+    new = propose._split(statistics, survey, k, part, 2).new
+    np.testing.assert_allclose(new.counts, [60.0, 60.0], rtol=1e-3)
+    mean = new.counts @ new.reference / new.counts.sum()
+    between = p.cls.scatter((new.reference - mean)[:, None], new.counts[:, None])
+    np.testing.assert_allclose(new.second, -between, rtol=1e-6, atol=1e-6 * between.max())
+
+
+@every_shape
+def test_a_split_with_holes_is_compared_with_one_component_under_its_prior(shape, monkeypatch):
+    """With holes the evidence of completed rows will not do: one component has to climb too."""
+    p, state, _, _ = _clusters(shape, "dirichlet_process", _joined, K=6, share=0.15)
+    statistics = centred(state.moments, p.cls)
+    propose = Proposals(p.prior, p.rows, moves.MOVES, np.random.default_rng(0))
+    survey = propose._look(state.posterior, torch.empty(0, 2, dtype=torch.long))
+    usual, climbs = moves._small_climb, []
+
+    def noted(prior, rows, first):
+        result = usual(prior, rows, first)
+        climbs.append((prior.components, len(first.counts), result[0]))
+        return result
+
+    monkeypatch.setattr(moves, "_small_climb", noted)
+    k = int(statistics.counts.argmax())
+    part = state.posterior.components.take(torch.tensor([k]))
+    move = propose._split(statistics, survey, k, part, 2)
+    (prior, n_alone, alone), (law, n_parts, both) = climbs
+    assert (n_alone, n_parts) == (1, 2)
+    assert prior is law
+    np.testing.assert_allclose(move.gain, both - alone, rtol=1e-12)
 
 
 @pytest.mark.parametrize("sizes", [(100, 100), (190, 10)])
@@ -460,6 +651,19 @@ def test_a_split_that_promises_too_much_does_not_hide_the_merges():
     assert len(tried[0]) > 1
     assert tried[-1] == [merge]
     assert list(propose._choose(statistics, [merge], [], [])) == [[merge]]
+
+
+def test_splits_that_promise_too_much_do_not_hide_as_many_merges():
+    p, *_ = _clusters("full", "dirichlet_process", _joined, K=6)
+    statistics = centred(_statistics(p), p.cls)
+    halves = statistics.map(lambda array: array[:2])
+    merges = [Move(2000.0 - k, (k, k + 1), moves._part(statistics, 0)) for k in (0, 2, 4)]
+    propose = Proposals(p.prior, p.rows, moves.MOVES, np.random.default_rng(0))
+    for n in (1, 2, 3):
+        splits = [Move(9000.0 - k, (k,), halves) for k in (0, 2, 4)[:n]]
+        tried = list(propose._choose(statistics, merges[:n], [], splits))
+        assert tried[0] == splits
+        assert tried[-1] == merges[:n]
 
 
 @every_shape

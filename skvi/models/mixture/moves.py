@@ -57,8 +57,10 @@ MOVES = ("merge", "delete", "birth", "reorder")
 
 # Proposals look at no more rows than fit into this many bytes with their responsibilities, or than
 # so many a component: what is left of small ones decides whether they are found to be in the way.
+# The last limit holds for those, too.
 _SAMPLE_BYTES = 1 << 23
 _ROWS_PER_COMPONENT = 250
+_LARGEST_SAMPLE_BYTES = 1 << 26
 # A component with less weight than this, in rows, is an empty slot.
 EMPTY = 0.5
 # Responsibilities below this do not take part in the split of a component.
@@ -70,9 +72,13 @@ _N_NEIGHBOURS = 10
 _SPLIT_PASSES = 15
 _SPLIT_TOL = 1e-3
 _CUT_PASSES = 10
-# What is predicted of a deletion leaves out that the neighbours adapt to the rows they get: the
-# best one is tried though it looks worse by this many nats.
-_DELETION_SLACK = 20.0
+# What is predicted of a deletion leaves out that the neighbours adapt to the rows they get, and of
+# many merges that all adapt: the best are tried though they look worse by this many nats.
+_SLACK = 20.0
+# Merges go on while they are predicted to lose less than this together, in nats.
+_BARRIER = 200.0
+# Counts of sets of moves whose evidence is computed at once.
+_COUNTS_AT_ONCE = 1 << 18
 # Single moves that are tried after the joint one failed.
 _N_SINGLE = 3
 
@@ -149,7 +155,9 @@ class Proposals:
         self._kinds = frozenset(kinds)
         self._rng = rng
         K = len(prior.weights.E_log())
-        most = max(_ROWS_PER_COMPONENT * K, _SAMPLE_BYTES // (8 * (rows.n_features + K)))
+        size = 8 * (rows.n_features + K)
+        of_components = min(_ROWS_PER_COMPONENT * K, _LARGEST_SAMPLE_BYTES // size)
+        most = max(of_components, _SAMPLE_BYTES // size)
         x, weight = sample_rows(rows, rng, most)
         weight = np.where(np.isnan(x).all(axis=1), 0.0, weight)  # they say nothing
         self._x, self._weight = torch.from_numpy(x), torch.from_numpy(weight)
@@ -171,6 +179,9 @@ class Proposals:
         for chosen in self._choose(moments, merges, deletions, splits):
             proposal = combine(moments, chosen, type(posterior.components))
             yield State(state.posterior, proposal.map(lambda array: array.to(self._device)))
+        gain, fewer = self._agglomerate(moments, pairs, survey)
+        if gain > -_SLACK:
+            yield State(state.posterior, fewer.map(lambda array: array.to(self._device)))
 
     # -- what is to be tried -------------------------------------------------------------------
 
@@ -183,32 +194,35 @@ class Proposals:
     ) -> Iterator[list[Move]]:
         """Yield sets of moves whose predicted gain is positive: all together, then one by one."""
         ranked = sorted(merges + deletions + splits, key=lambda move: -move.gain)
-        single = [[move] for move in ranked if self.gain(moments, [move]) > 0.0]
+        gains = self.gains(moments, [[move] for move in ranked])
+        single = [[move] for move, gain in zip(ranked, gains, strict=True) if gain > 0.0]
         joint = self._disjoint(moments, [move for (move,) in single])
         if joint and self.gain(moments, joint) > 0.0:
             yield joint
         fitting = [chosen for chosen in single if self._fits(moments, chosen)]
-        if len(joint) > 1:
-            yield from fitting[:_N_SINGLE]
+        alone = fitting[:_N_SINGLE] if len(joint) > 1 else []
+        yield from alone
         # A split that pays more than it costs to make room for it.
-        exchanges = [
-            (self.gain(moments, [away, split]), [away, split])
+        pairs = [
+            [away, split]
             for split in splits
             for away in merges + deletions
             if not set(away.old) & set(split.old) and self._fits(moments, [away, split])
         ]
-        exchanges = [pair for pair in exchanges if pair[0] > 0.0 and len(pair[1][1].new.counts) > 1]
-        exchanges.sort(key=lambda pair: -pair[0])
+        gains = self.gains(moments, pairs)
+        exchanges = [(gain, pair) for gain, pair in zip(gains, pairs, strict=True) if gain > 0.0]
+        exchanges.sort(key=lambda exchange: -exchange[0])
         together = self._disjoint(moments, [m for _, pair in exchanges for m in pair], pairs=True)
         if len(together) > 2:
             yield together
         yield from (pair for _, pair in exchanges[:_N_SINGLE])
         # On a sample, splits promise too much: they must not take the others down with them.
         fewer = self._disjoint(moments, [m for (m,) in single if len(m.new.counts) < len(m.old)])
-        if 0 < len(fewer) < len(joint) and self.gain(moments, fewer) > 0.0:
+        splits_joined = any(len(move.new.counts) > 1 for move in joint)
+        if splits_joined and fewer and fewer not in alone and self.gain(moments, fewer) > 0.0:
             yield fewer
         # Merges that may pay though a lower bound of their gain does not say so.
-        gains = [self.gain(moments, [move]) for move in merges]
+        gains = self.gains(moments, [[move] for move in merges])
         doubtful = [
             (gain + move.doubt, [move])
             for gain, move in zip(gains, merges, strict=True)
@@ -216,20 +230,21 @@ class Proposals:
         ]
         doubtful.sort(key=lambda pair: -pair[0])
         yield from (chosen for _, chosen in doubtful[:_N_SINGLE])
-        if deletions and -_DELETION_SLACK < deletions[0].gain <= 0.0:
+        if deletions and -_SLACK < deletions[0].gain <= 0.0:
             yield deletions[:1]
 
     def _disjoint(self, moments: Moments, ranked: list[Move], *, pairs: bool = False) -> list[Move]:
         """Take moves in turn, one by one or two by two, that touch nothing taken before."""
         chosen: list[Move] = []
+        taken: set[int] = set()
         step = 2 if pairs else 1
         for i in range(0, len(ranked), step):
             some = ranked[i : i + step]
-            taken = {k for move in chosen for k in move.old}
             if any(taken & set(move.old) for move in some):
                 continue
             if self._fits(moments, chosen + some):
                 chosen += some
+                taken.update(k for move in some for k in move.old)
         return chosen
 
     def _fits(self, moments: Moments, moves: Sequence[Move]) -> bool:
@@ -239,16 +254,33 @@ class Proposals:
 
     def gain(self, moments: Moments, moves: Sequence[Move]) -> float:
         """Predicted gain of moves together, in nats."""
-        # A deletion's rows stay in the counts: its gain includes what their new labels cost.
-        moving = [move for move in moves if len(move.new.counts)]
-        total = sum(move.gain for move in moves)
-        counts = moments.counts.clone()
-        counts[[k for move in moving for k in move.old]] = 0.0
-        new = torch.cat([counts, *(move.new.counts for move in moving)])
-        new = new.sort(descending=True).values[: len(counts)]
-        weights = self._prior.weights
-        before = weights.log_evidence(moments.counts.sort(descending=True).values)
-        return total + float(weights.log_evidence(new) - before)
+        return self.gains(moments, [moves])[0]
+
+    def gains(self, moments: Moments, sets: Sequence[Sequence[Move]]) -> list[float]:
+        """Predicted gain of each set of moves, in nats."""
+        K = len(moments.counts)
+        result: list[float] = []
+        size = max(1, _COUNTS_AT_ONCE // K)
+        for start in range(0, len(sets), size):
+            some = sets[start : start + size]
+            after = []
+            for moves in some:
+                # A deletion's rows stay in the counts: its gain includes what their labels cost.
+                moving = [move for move in moves if len(move.new.counts)]
+                counts = moments.counts.clone()
+                counts[[k for move in moving for k in move.old]] = 0.0
+                counts = torch.cat([counts, *(move.new.counts for move in moving)])
+                after.append(counts.sort(descending=True).values[:K])
+            rises = self._weights_gain(moments.counts, torch.stack(after)).tolist()
+            totals = [sum(move.gain for move in moves) for moves in some]
+            result += [rise + total for rise, total in zip(rises, totals, strict=True)]
+        return result
+
+    def _weights_gain(self, before: Tensor, after: Tensor) -> Tensor:
+        """Gain of the evidence of counts (..., K) over others (K,), all in their best order."""
+        evidence = self._prior.weights.log_evidence
+        old, new = (counts.sort(descending=True).values for counts in (before, after))
+        return evidence(new) - evidence(old)
 
     # -- one pass over the sample ----------------------------------------------------------------
 
@@ -314,6 +346,44 @@ class Proposals:
         doubt = torch.minimum(survey.completed[i], survey.completed[j]).tolist()
         return [Move(gain[p], tuple(pairs[p].tolist()), _part(merged, p), doubt[p]) for p in best]
 
+    def _agglomerate(
+        self, moments: Moments, pairs: Tensor, survey: Survey
+    ) -> tuple[float, Moments]:
+        """Merge on past losses, the best pair each time; the best gain of several merges, in nats.
+
+        Where rows are few, no two components may pay as one although many of them do. The entropy
+        of rows that three components share is counted for each pair of them, which is too much,
+        since ``h(r) = r log r`` has a falling second derivative: without missing cells what is
+        predicted is a lower bound.
+        """
+        shape = type(self._prior.components)
+        current, mixing, completed = moments, survey.mixing, survey.completed
+        total, n_merges = 0.0, 0
+        best, most, expected = moments, -torch.inf, 0.0
+        while len(pairs) and expected > -_BARRIER:
+            i, j = pairs.T
+            evidence, merged = merge_gains(self._prior.components, current, i, j)
+            gain = evidence - mixing
+            p = int(gain.argmax())
+            a, b = pairs[p].tolist()
+            total += float(gain[p] + torch.minimum(completed[a], completed[b]))
+            current = combine(current, [Move(0.0, (a, b), _part(merged, p))], shape)
+            n_merges += 1
+            expected = total + float(self._weights_gain(moments.counts, current.counts))
+            if n_merges > 1 and expected > most:
+                best, most = current, expected
+            # What stays moves up, the new component comes after it.
+            stay = [k for k in range(len(completed)) if k not in (a, b)]
+            place = torch.full((len(completed),), len(stay))
+            place[stay] = torch.arange(len(stay))
+            completed = torch.cat([completed[stay], completed[[a, b]].sum(0, keepdim=True)])
+            completed = torch.nn.functional.pad(completed, (0, 1))
+            pairs, which = place[pairs].sort(1).values.unique(dim=0, return_inverse=True)
+            mixing = torch.zeros(len(pairs), dtype=mixing.dtype).index_add(0, which, mixing)
+            apart = pairs[:, 0] != pairs[:, 1]
+            pairs, mixing = pairs[apart], mixing[apart]
+        return most, best
+
     def _deletions(
         self, posterior: Posterior, moments: Moments, full: Tensor, survey: Survey
     ) -> list[Move]:
@@ -342,7 +412,10 @@ class Proposals:
         for k in full.tolist():
             known = self._is_indivisible(posterior.components, moments, k)
             part = posterior.components.take(torch.tensor([k]))
-            move = None if known else self._split(moments, survey, k, part, n_parts)
+            try:
+                move = None if known else self._split(moments, survey, k, part, n_parts)
+            except torch.linalg.LinAlgError:
+                move = None  # one that cannot be fitted leaves the others alone
             if move is not None:
                 moves.append(move)
             elif not known:
@@ -414,7 +487,10 @@ class Proposals:
         if covariance.ndim < 2:
             covariance = covariance * torch.eye(D, dtype=torch.float64)
         # Directions in which nothing varies stay harmless.
-        return covariance + 1e-6 * covariance.diagonal().mean() * torch.eye(D, dtype=torch.float64)
+        covariance += 1e-6 * covariance.diagonal().mean() * torch.eye(D, dtype=torch.float64)
+        # Equal rows leave a scatter of rounding, of either sign.
+        is_positive = not bool(torch.linalg.cholesky_ex(covariance).info)
+        return covariance if is_positive else torch.eye(D, dtype=torch.float64)
 
     def _first_parts(
         self, rows: Rows, part: Components, n_parts: int, metric: Tensor
