@@ -649,16 +649,13 @@ class VAETransformer(
         )
 
         n_batches = math.ceil(len(rows) / batch_size)
-        n_steps = n_epochs_before * n_batches
         if saved is not None:
-            n_steps = int(saved["n_steps"])
             with torch.no_grad():
                 for name, value in net.named_buffers():
                     value.copy_(torch.from_numpy(saved[f"buffer/{name}"]))
 
-        def loss_and_bound(batch: Tensor) -> tuple[Tensor, Tensor]:
-            nonlocal n_steps
-            n_steps += 1
+        def loss_and_bound(batch: Tensor, step: int) -> tuple[Tensor, Tensor]:
+            n_steps = n_epochs_before * n_batches + step + 1
             rise = min(1.0, n_steps / (self.kl_warmup * n_batches + 1))
             several = (n_importance,) if n_importance > 1 else ()
             noise = w.new_empty(*several, len(batch), architecture.n_components)
@@ -690,8 +687,7 @@ class VAETransformer(
         def save(export: Callable[[], State]) -> None:
             if keeper is not None:
                 buffers = {f"buffer/{n}": to_numpy(value) for n, value in net.named_buffers()}
-                numbers = {"seed": np.array(seed), "n_steps": np.array(n_steps)}
-                keeper.write(lambda: {**export(), **buffers, **numbers})
+                keeper.write(lambda: {**export(), **buffers, "seed": np.array(seed)})
 
         descent = descend(
             loss_and_bound,

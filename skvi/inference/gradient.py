@@ -11,9 +11,9 @@ from torch import Tensor
 
 from skvi.inference.monitor import Status
 
-# Maps row indices (B,) to the loss to descend and to the bound to record, both scalars per unit of
-# weight; the bound carries no gradient.
-Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Maps row indices (B,) and the number of the step to the loss to descend and to the bound to record,
+# both scalars per unit of weight; the bound carries no gradient.
+Objective = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 # What a run needs to go on, as arrays.
 State = dict[str, np.ndarray]
@@ -240,7 +240,8 @@ def descend(
     Parameters
     ----------
     objective : callable
-        Index tensor (B,) -> (loss, bound).
+        Index tensor (B,), number of the step -> (loss, bound). Steps are counted from 0; those of
+        an epoch that is taken back are made again under the same numbers.
     parameters : sequence of Tensor
         Leaves, in the order in which `optimizer` holds them; changed in place. With `validate`,
         they end at the best validated values, those of the start included.
@@ -292,11 +293,12 @@ def descend(
         total = rows.new_zeros((), dtype=parameters[0].dtype)
         shuffled = rows[torch.randperm(len(rows), generator=generator, device=rows.device)]
         for i, batch in enumerate(shuffled.tensor_split(n_batches)):
-            factor = schedule.factor(len(history) * n_batches + i, n_epochs * n_batches)
+            step = len(history) * n_batches + i
+            factor = schedule.factor(step, n_epochs * n_batches)
             for group, rate in zip(optimizer.param_groups, base_rate, strict=True):
                 group["lr"] = rate * factor * 0.5**progress.halvings
             optimizer.zero_grad(set_to_none=True)
-            loss, bound = objective(batch)
+            loss, bound = objective(batch, step)
             loss.backward()
             optimizer.step()
             total += bound

@@ -20,7 +20,7 @@ def _parameter(value=0.0):
 
 
 def _least_squares(p, y):
-    def objective(batch):
+    def objective(batch, step):
         loss = (p - y[batch]).square().mean()
         return loss, -loss.detach()
 
@@ -58,7 +58,7 @@ def test_an_epoch_visits_every_row_once_in_even_minibatches_in_a_new_order():
     p = _parameter()
     seen = []
 
-    def objective(batch):
+    def objective(batch, step):
         seen.append(batch)
         return p.square().sum(), torch.zeros(())
 
@@ -120,7 +120,7 @@ def test_a_non_finite_loss_restores_the_last_good_state_and_halves_the_step():
     rates = []
     optimizer = adam([p], 1.0)
 
-    def objective(batch):
+    def objective(batch, step):
         rates.append(optimizer.param_groups[0]["lr"])
         # log of a negative number is NaN: a step of 1 leaves the domain
         loss = torch.log(p).sum()
@@ -145,10 +145,12 @@ def test_a_non_finite_loss_restores_the_last_good_state_and_halves_the_step():
 def test_a_restart_forgets_the_best_of_the_epochs_that_it_takes_back():
     p = _parameter(0.0)
     n_steps = 0
+    numbers = []
 
-    def objective(batch):
+    def objective(batch, step):
         nonlocal n_steps
         n_steps += 1
+        numbers.append(step)
         loss = -(p * (math.nan if n_steps == 300 else 1.0)).sum()
         return loss, -loss.detach()
 
@@ -171,12 +173,14 @@ def test_a_restart_forgets_the_best_of_the_epochs_that_it_takes_back():
     )
     assert result.validation_history == [5.0, 1.0, 2.0, 3.0, 1.5, 2.5, 3.5]
     assert float(p.detach()) == parameter_at[5.0]
+    # The steps of the two epochs that are made again have their numbers again.
+    assert numbers == [*range(300), *range(200, 350)]
 
 
 def test_a_loss_that_stays_non_finite_is_a_status_and_leaves_good_parameters():
     p = _parameter(1.0)
 
-    def objective(batch):
+    def objective(batch, step):
         loss = (p * math.nan).sum()
         return loss, -loss.detach()
 
@@ -189,7 +193,7 @@ def test_a_loss_that_stays_non_finite_is_a_status_and_leaves_good_parameters():
 def test_an_update_that_spoils_the_parameters_is_seen_although_its_loss_was_finite():
     p = _parameter(1.0)
 
-    def objective(batch):
+    def objective(batch, step):
         # finite value, infinite gradient
         loss = (p - 1.0).abs().sqrt().sum()
         return loss, -loss.detach()
@@ -247,7 +251,7 @@ def _failing_run(p, *, state=None, save=lambda _: None):
     y = torch.linspace(1.0, 3.0, 50)
     optimizer = adam([p], 0.1)
 
-    def objective(batch):
+    def objective(batch, step):
         # The rate of the optimiser tells the second attempt from the first.
         first = optimizer.param_groups[0]["lr"] > 0.05
         loss = (p - y[batch]).square().mean()
