@@ -11,8 +11,8 @@ from torch import Tensor
 
 from skvi.inference.monitor import Status
 
-# Maps row indices (B,) and the number of the step to the loss to descend and to the bound to record,
-# both scalars per unit of weight; the bound carries no gradient.
+# Maps row indices (B,) and the number of the step to the loss to descend and to the bound to
+# record, both scalars per unit of weight; the bound carries no gradient.
 Objective = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 # What a run needs to go on, as arrays.

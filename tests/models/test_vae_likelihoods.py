@@ -131,7 +131,7 @@ def test_densities_are_scipys(name, likelihood, output, rng):
 def test_densities_have_right_and_finite_gradients(name, likelihood, rng):
     x = _rows(name, rng, 3)
     parameters = [p.requires_grad_() for p in likelihood.parameters()]
-    outputs = _t(rng.normal(size=(3, likelihood.n_outputs))).requires_grad_()
+    outputs = _t(rng.normal(size=(2, 3, likelihood.n_outputs))).requires_grad_()  # of two draws
     assert torch.autograd.gradcheck(
         lambda o, *_: likelihood.log_prob(x, o), (outputs, *parameters), atol=1e-4
     )

@@ -261,7 +261,7 @@ class VAE(nn.Module):
         Features of cells that are not `observed` are put at their mean, zero.
         Source: Mattei & Frellsen (2019), MIWAE, arXiv:1812.02633, section 3.
         """
-        inputs = (self.likelihood.features(x) - self.input_shift) * self.input_scale
+        inputs = (self.likelihood.features(x) - self.input_shift).mul_(self.input_scale)
         return inputs if observed is None else inputs * self.likelihood.per_feature(observed)
 
     def posterior(self, x: Tensor, observed: Tensor | None = None) -> Posterior:

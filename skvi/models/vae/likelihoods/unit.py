@@ -1,9 +1,10 @@
 """Likelihoods of binary values and of shares in [0, 1]."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from skvi.distributions import continuous_bernoulli
 from skvi.models.vae.likelihoods.base import Likelihood, Marginals, bend, unbend
@@ -13,6 +14,28 @@ _SMALLEST_P = 1e-4
 # Logits of shares end here: the density of a column that is always 0 or 1 would grow for ever.
 _LARGEST_LOGIT = 300.0
 _BISECTIONS = 60
+
+
+class _LogProb(torch.autograd.Function):
+    """``sum_j x_j f_j - log(1 + exp(f_j))`` with as few passes over the cells as there can be.
+
+    Of a step of training they take a tenth of the time or more: autograd would make eight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: Tensor) -> Tensor:
+        """Sum the cells of x, which may lack dimensions, and logits f, (..., D) -> (...)."""
+        ctx.save_for_backward(x, f)
+        return nn.functional.softplus(f).neg_().addcmul_(x, f).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        """Return the gradient of the logits; the data have none."""
+        x, f = ctx.saved_tensors
+        slope = torch.sigmoid(f)
+        torch.sub(x, slope, out=slope)
+        return None, slope.mul_(grad[..., None])
 
 
 class Bernoulli(Likelihood):
@@ -28,6 +51,9 @@ class Bernoulli(Likelihood):
 
     def cells(self, x: Tensor, output: Tensor) -> Tensor:
         return x * output - nn.functional.softplus(output)
+
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        return _LogProb.apply(x, output.expand(torch.broadcast_shapes(x.shape, output.shape)))
 
     def mean(self, output: Tensor) -> Tensor:
         """``P(x = 1|z)``."""
