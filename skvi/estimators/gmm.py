@@ -1282,6 +1282,8 @@ class VariationalGMM(
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable component of each row.
 
+        Of components that are equal but for rounding, as empty ones may be, it is the first.
+
         Parameters
         ----------
         X : array-like of shape (n_samples, n_features)

@@ -488,6 +488,10 @@ def test_scores_of_blocks_are_those_of_rows(shape, ill, monkeypatch):
     weights = posterior.weights.map(lambda a: a[order])
     posterior = Posterior(weights, posterior.components.take(order))
     scores = bound.Scores(posterior, Workspace())
+    # As rounding may have it, the last of the two is the larger.
+    heavier = posterior.weights.map(lambda a: a * _t([1.0, 1.0, 1.0, 1.0 + 1e-12]))
+    rounded = bound.Scores(posterior._replace(weights=heavier), Workspace())
+    assert (rounded.log_rho(_t(problem.X))[3] > rounded.log_rho(_t(problem.X))[1]).any()
     for block in (slice(None, 5), slice(5, None), slice(1, 2)):
         x = _t(problem.X[block])
         expected = bound.log_rho(posterior, x)
@@ -496,6 +500,7 @@ def test_scores_of_blocks_are_those_of_rows(shape, ill, monkeypatch):
         torch.testing.assert_close(scores.responsibilities(x), expected.softmax(0))
         np.testing.assert_array_equal(scores.labels(x), expected.numpy().argmax(0))
         assert (scores.labels(x) < 3).all()
+        np.testing.assert_array_equal(rounded.labels(x), scores.labels(x))
 
 
 @every_shape

@@ -140,6 +140,10 @@ def log_rho(posterior: Posterior, x: Tensor | Cells) -> Tensor:
     return LogRho(posterior)(x, components.monomials(x))
 
 
+# Logarithms of rho whose relative difference is below this are equal.
+_TIE = 1e-10
+
+
 class Scores:
     """What one posterior says of rows, block after block: at the speed of a pass.
 
@@ -175,8 +179,12 @@ class Scores:
 
     def labels(self, x: Tensor | Cells) -> Tensor:
         """Return the most probable component of each row, the first of equals; shape (B,)."""
+        log_rho = self.log_rho(x)
+        largest = log_rho.amax(0)
+        # Empty components of a symmetric prior are equal, but for the rounding of the products.
+        first = log_rho >= largest - _TIE * (1.0 + largest.abs())
         # Along this dimension max is several times faster than argmax.
-        return self.log_rho(x).max(0).indices
+        return first.byte().max(0).indices
 
 
 def _exponentials(log_rho: Tensor) -> tuple[Tensor, Tensor, Tensor]:
