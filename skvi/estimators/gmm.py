@@ -596,22 +596,24 @@ class VariationalGMM(
 
         def ascend_from(state: State, tol: float) -> Solution[State]:
             monitor.tol = tol
-            ascend.restart(self.max_iter - monitor.n_iter)
-            left = self.max_iter - monitor.n_iter
-            solution = climb(step, state, max_iter=left, monitor=monitor)
-            converged = solution.status is Status.CONVERGED
-            if converged and ascend.looked_at_everything and not ascend.rises:
-                # `max_iter` forced this pass, which keeps the posterior: its rise says nothing.
-                solution = solution._replace(status=Status.MAX_ITER)
-            while solution.status is Status.CONVERGED and not ascend.looked_at_everything:
-                # Only a full pass may say so; after steps that rise and fall it is asked once.
-                ascend.look_at_everything()
-                left = self.max_iter - solution.n_iter if ascend.rises else 1
-                solution = climb(step, solution.state, max_iter=left, monitor=monitor)
-                if not ascend.rises and solution.status is Status.MAX_ITER:
-                    solution = solution._replace(status=Status.CONVERGED)
-            monitor.tol = self.tol
-            return solution
+            try:
+                ascend.restart(self.max_iter - monitor.n_iter)
+                left = self.max_iter - monitor.n_iter
+                solution = climb(step, state, max_iter=left, monitor=monitor)
+                converged = solution.status is Status.CONVERGED
+                if converged and ascend.looked_at_everything and not ascend.rises:
+                    # `max_iter` forced this pass, which keeps the posterior: its rise says nothing.
+                    solution = solution._replace(status=Status.MAX_ITER)
+                while solution.status is Status.CONVERGED and not ascend.looked_at_everything:
+                    # Only a full pass may say so; after steps that rise and fall it is asked once.
+                    ascend.look_at_everything()
+                    left = self.max_iter - solution.n_iter if ascend.rises else 1
+                    solution = climb(step, solution.state, max_iter=left, monitor=monitor)
+                    if not ascend.rises and solution.status is Status.MAX_ITER:
+                        solution = solution._replace(status=Status.CONVERGED)
+                return solution
+            finally:
+                monitor.tol = self.tol
 
         solution = ascend_from(state, self.tol)
         kinds = self._kinds_of_moves() - {"reorder"}
@@ -630,7 +632,6 @@ class VariationalGMM(
                 try:
                     higher = ascend_from(state, tol)
                 except torch.linalg.LinAlgError:
-                    monitor.tol = self.tol
                     del monitor.history[n_kept:]  # the state they belonged to is lost
                     return Solution(state, monitor.history, Status.CONVERGED)
                 # What was reached before the bound left the finite numbers stays.
