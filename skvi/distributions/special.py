@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from skvi.runtime.device import asks_freely
+
 # From here on the asymptotic series of log Gamma and psi are exact to rounding.
 _LARGE = 20.0
 
@@ -40,8 +42,8 @@ def log_gamma_divergence(x0: Tensor, x: Tensor) -> Tensor:
     direct = torch.lgamma(x0) - torch.lgamma(x) - torch.digamma(x) * (x0 - x)
     x0, x = torch.broadcast_tensors(x0, x)
     both_large = torch.minimum(x0, x) > _LARGE
-    # The series is fifty small operations; to ask is cheap where it needs no synchronisation.
-    if x.device.type == "cpu" and not both_large.any():
+    # The series is fifty small operations.
+    if asks_freely(x.device) and not both_large.any():
         return direct
     # Where it is not selected the series still needs arguments that it can stand.
     y0, y = x0.clamp_min(_LARGE), x.clamp_min(_LARGE)

@@ -69,6 +69,7 @@ from skvi.models.vae.posteriors import POSTERIORS
 from skvi.models.vae.priors import HALF_WIDTH, PRIORS
 from skvi.runtime.blocks import Affine, Rows, block_rows, row_slices
 from skvi.runtime.device import has_fast_bfloat16, resolve_device
+from skvi.runtime.graph import recorder
 from skvi.runtime.random import draw_seed, make_generator, shared_noise
 
 # The budget of max_iter=None: at least so many optimiser steps, at least so many epochs, but the
@@ -654,9 +655,11 @@ class VAETransformer(
                 for name, value in net.named_buffers():
                     value.copy_(torch.from_numpy(saved[f"buffer/{name}"]))
 
-        def loss_and_bound(batch: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            n_steps = n_epochs_before * n_batches + step + 1
-            rise = min(1.0, n_steps / (self.kl_warmup * n_batches + 1))
+        def loss_and_bound(batch: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+            beta: float | Tensor = self.beta
+            if self.kl_warmup:
+                n_steps = step + (n_epochs_before * n_batches + 1)
+                beta = beta * (n_steps / (self.kl_warmup * n_batches + 1)).clamp_max(1.0)
             several = (n_importance,) if n_importance > 1 else ()
             noise = w.new_empty(*several, len(batch), architecture.n_components)
             noise.normal_(generator=generator)
@@ -665,7 +668,7 @@ class VAETransformer(
                 *cells(batch),
                 w.index_select(0, batch),
                 noise,
-                beta=rise * self.beta,
+                beta=beta,
                 free_bits=self.free_bits,
             )
 
@@ -689,6 +692,9 @@ class VAETransformer(
                 buffers = {f"buffer/{n}": to_numpy(value) for n, value in net.named_buffers()}
                 keeper.write(lambda: {**export(), **buffers, "seed": np.array(seed)})
 
+        # Networks of the user's and sparse rows do on the host what a record cannot hold.
+        is_own = architecture.encoder is None and architecture.decoder is None
+        record = recorder(generator) if is_own and not issparse(X) else None
         descent = descend(
             loss_and_bound,
             [p for group in optimizer.param_groups for p in group["params"]],
@@ -703,6 +709,7 @@ class VAETransformer(
             report=report,
             state=saved,
             save=save,
+            record=record,
         )
         if descent.status is Status.NON_FINITE:
             raise ValueError(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from skvi.inference.monitor import Status
+from skvi.runtime.graph import Recorder
 
-# Maps row indices (B,) and the number of the step to the loss to descend and to the bound to
-# record, both scalars per unit of weight; the bound carries no gradient.
-Objective = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+# Maps row indices (B,) and the number of the step, a scalar of float64, to the loss to descend and
+# to the bound to record, both scalars per unit of weight; the bound carries no gradient.
+Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # What a run needs to go on, as arrays.
 State = dict[str, np.ndarray]
@@ -21,6 +22,9 @@ State = dict[str, np.ndarray]
 _MAX_HALVINGS = 5
 # A restart from the last good state loses about this many steps at most.
 _SNAPSHOT_STEPS = 100
+# Steps that are made before others are recorded, and how many must be left to make that pay.
+_PLAIN_STEPS = 5
+_WORTH_RECORDING = 200
 
 
 class Schedule(NamedTuple):
@@ -70,11 +74,16 @@ def adam(
 ) -> torch.optim.Adam:
     """Return a fused Adam over `parameters`, going on from an exported `state` if there is one.
 
-    `parameters` may be groups of them, as torch's optimisers take them.
+    Its learning rates are tensors, on their device. `parameters` may be groups of them, as torch's
+    optimisers take them.
     """
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    flat = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        # A recorded step reads the rate from its device, where the kernel wants this dtype.
+        group["lr"] = torch.tensor(learning_rate, dtype=torch.float32, device=flat[0].device)
+        group["capturable"] = flat[0].is_cuda
     if state:
-        flat = [p for group in optimizer.param_groups for p in group["params"]]
         tensors = {
             # Copies: Adam updates its moments in place, and `state` may be memory-mapped.
             i: {name: torch.tensor(value, device=p.device) for name, value in entry.items()}
@@ -215,6 +224,65 @@ class Patience(NamedTuple):
         return bool(recent - before < self.tol)
 
 
+def _set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"].fill_(rate)
+
+
+class _Steps:
+    """Makes the steps of a run; repeats recorded ones where `record` is given.
+
+    There is one record for each size of minibatch. The host then only writes what changes from
+    step to step: rows, number and rate.
+
+    Attributes
+    ----------
+    total : Tensor of shape ()
+        Sum of the bounds since it was last set to zero.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        total: Tensor,
+        record: Recorder | None,
+    ) -> None:
+        self.total = total
+        self._objective, self._optimizer, self._record = objective, optimizer, record
+        self._number = total.new_zeros((), dtype=torch.float64)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all records: the optimiser's moments have moved to other memory."""
+        self._n_plain = _PLAIN_STEPS
+        # By the size of the minibatch: where its rows are read, and what repeats the step.
+        self._recorded: dict[int, tuple[Tensor, Callable[[], None]]] = {}
+
+    def __call__(self, batch: Tensor, number: int, rates: Sequence[float]) -> None:
+        """Make a step with these rows and these learning rates of the optimiser's groups."""
+        self._number.fill_(number)
+        _set_rates(self._optimizer, rates)
+        if self._record is None or self._n_plain > 0:
+            # The first ones create moments, and what libraries set up at their first call.
+            self._n_plain -= 1
+            self._run(batch)
+            return
+        if len(batch) not in self._recorded:
+            rows = batch.clone()
+            self._recorded[len(batch)] = rows, self._record(lambda: self._run(rows))
+        rows, repeat = self._recorded[len(batch)]
+        rows.copy_(batch)
+        repeat()
+
+    def _run(self, batch: Tensor) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss, bound = self._objective(batch, self._number)
+        loss.backward()
+        self._optimizer.step()
+        self.total += bound
+
+
 def descend(
     objective: Objective,
     parameters: Sequence[Tensor],
@@ -230,6 +298,7 @@ def descend(
     report: Callable[[int, float, float | None], None] = lambda *_: None,
     state: State | None = None,
     save: Callable[[Callable[[], State]], None] = lambda _: None,
+    record: Recorder | None = None,
 ) -> Descent:
     """Run epochs of shuffled minibatches until patience ends or `n_epochs` are made.
 
@@ -240,13 +309,13 @@ def descend(
     Parameters
     ----------
     objective : callable
-        Index tensor (B,), number of the step -> (loss, bound). Steps are counted from 0; those of
-        an epoch that is taken back are made again under the same numbers.
+        Index tensor (B,), number of the step () -> (loss, bound). Steps are counted from 0; those
+        of an epoch that is taken back are made again under the same numbers.
     parameters : sequence of Tensor
         Leaves, in the order in which `optimizer` holds them; changed in place. With `validate`,
         they end at the best validated values, those of the start included.
     optimizer : torch.optim.Optimizer
-        Over `parameters`; its learning rate is the initial one.
+        Over `parameters`; its learning rates, which are tensors, are the initial ones.
     rows : Tensor of int64, shape (N,)
         The training rows; every epoch visits each once.
     batch_size : int
@@ -267,13 +336,19 @@ def descend(
         the same bits on the same machine.
     save : callable, optional
         Called after every epoch with a function that returns the state of the run.
+    record : Recorder, optional
+        Steps of long runs are recorded by it and repeated, as its device allows; see
+        :func:`skvi.runtime.graph.recorder` for what that asks of `objective`.
 
     Returns
     -------
     Descent
     """
-    base_rate = [group["lr"] for group in optimizer.param_groups]
+    base_rate = [float(group["lr"]) for group in optimizer.param_groups]
     n_batches = math.ceil(len(rows) / batch_size)
+    total = rows.new_zeros((), dtype=parameters[0].dtype)
+    worth_it = n_epochs * n_batches >= _WORTH_RECORDING
+    make_step = _Steps(objective, optimizer, total, record if worth_it else None)
     if state is None:
         progress = _Progress(_Snapshot.take(parameters, optimizer), -math.inf)
         if validate is not None:
@@ -290,18 +365,12 @@ def descend(
 
     exhausted = validate is not None and patience.exhausted(progress.candidates)
     while len(history) < n_epochs and not exhausted:
-        total = rows.new_zeros((), dtype=parameters[0].dtype)
+        total.zero_()
         shuffled = rows[torch.randperm(len(rows), generator=generator, device=rows.device)]
         for i, batch in enumerate(shuffled.tensor_split(n_batches)):
             step = len(history) * n_batches + i
-            factor = schedule.factor(step, n_epochs * n_batches)
-            for group, rate in zip(optimizer.param_groups, base_rate, strict=True):
-                group["lr"] = rate * factor * 0.5**progress.halvings
-            optimizer.zero_grad(set_to_none=True)
-            loss, bound = objective(batch, step)
-            loss.backward()
-            optimizer.step()
-            total += bound
+            factor = schedule.factor(step, n_epochs * n_batches) * 0.5**progress.halvings
+            make_step(batch, step, [rate * factor for rate in base_rate])
         with torch.no_grad():
             # The last update may have spoilt the parameters after the last loss was seen.
             total += 0.0 * torch.nn.utils.get_total_norm(parameters)
@@ -310,6 +379,7 @@ def descend(
 
         if not all(math.isfinite(value) for value in read):
             progress.last_good.restore(parameters, optimizer)
+            make_step.forget()
             progress.best = progress.good_best
             del history[progress.good_epochs :], validation[progress.good_epochs :]
             progress.halvings += 1
@@ -328,8 +398,7 @@ def descend(
             progress.good_best = progress.best
         save(export)
         report(len(history), read[0], read[1] if validate is not None else None)
-    for group, rate in zip(optimizer.param_groups, base_rate, strict=True):
-        group["lr"] = rate
+    _set_rates(optimizer, base_rate)
     if validate is not None:
         progress.best.restore(parameters, optimizer)
         converged = exhausted

@@ -56,3 +56,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     # Releases of torch that cannot say what the processor has count as a no.
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def asks_freely(device: torch.device) -> bool:
+    """Whether the host may look at a value of `device` without waiting for it."""
+    return device.type == "cpu"

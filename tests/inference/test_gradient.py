@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from skvi.inference import gradient as module
 from skvi.inference.gradient import Patience, Schedule, adam, descend, export_state
 from skvi.inference.monitor import Status
 from skvi.runtime.random import make_generator
+from tests.recording import record
 
 ENDLESS = Patience(10**6, 0.0)
 
@@ -121,7 +123,7 @@ def test_a_non_finite_loss_restores_the_last_good_state_and_halves_the_step():
     optimizer = adam([p], 1.0)
 
     def objective(batch, step):
-        rates.append(optimizer.param_groups[0]["lr"])
+        rates.append(float(optimizer.param_groups[0]["lr"]))
         # log of a negative number is NaN: a step of 1 leaves the domain
         loss = torch.log(p).sum()
         return loss, -loss.detach()
@@ -150,7 +152,7 @@ def test_a_restart_forgets_the_best_of_the_epochs_that_it_takes_back():
     def objective(batch, step):
         nonlocal n_steps
         n_steps += 1
-        numbers.append(step)
+        numbers.append(int(step))
         loss = -(p * (math.nan if n_steps == 300 else 1.0)).sum()
         return loss, -loss.detach()
 
@@ -294,6 +296,55 @@ def test_a_state_does_not_change_when_the_run_goes_on():
     for state, copied in states:
         for name, value in copied.items():
             np.testing.assert_array_equal(state[name], value)
+
+
+def test_recorded_steps_give_the_same_bits_also_after_a_restart(monkeypatch):
+    monkeypatch.setattr(module, "_WORTH_RECORDING", 0)
+    monkeypatch.setattr(module, "_SNAPSHOT_STEPS", 10)
+    y = torch.linspace(1.0, 3.0, 50)
+    ends = []
+    for recorder in (None, record):
+        p, n_records = _parameter(-8.0), 0
+        optimizer = adam([p], 0.1)
+
+        def objective(batch, step):
+            rate = optimizer.param_groups[0]["lr"]  # noqa: B023
+            noise = torch.empty(len(batch)).normal_(generator=generator)  # noqa: B023
+            loss = (p + 0.01 * noise - y[batch]).square().mean() * (1.0 + 0.001 * step)  # noqa: B023
+            spoilt = (p.detach() > 1.4) & (rate > 0.05)  # noqa: B023
+            loss = loss * torch.where(spoilt, math.nan, 1.0)
+            return loss.sum(), -loss.detach().sum()
+
+        def counted(run):
+            nonlocal n_records
+            n_records += 1
+            return record(run)
+
+        generator = make_generator(0)
+        result = descend(
+            objective,
+            [p],
+            optimizer,
+            torch.arange(50),
+            batch_size=16,
+            n_epochs=100,
+            schedule=Schedule(3, anneal=True),
+            generator=generator,
+            patience=ENDLESS,
+            record=recorder and counted,
+        )
+        ends.append((result, float(p.detach()), export_state(optimizer)))
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1)
+    assert n_records == 4  # two sizes of minibatch, and anew after the restart
+    assert ends[0] == ends[1]
+
+
+def test_a_short_run_is_not_recorded():
+    def refuse(run):
+        pytest.fail("a run of twelve steps was recorded")
+
+    p = _parameter()
+    _descend(_least_squares(p, torch.ones(50)), p, n_epochs=3, record=refuse)
 
 
 def test_the_schedule_warms_up_and_anneals_to_zero():

@@ -183,7 +183,7 @@ def training_loss(
     weight: Tensor,
     noise: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
     free_bits: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     r"""Return the loss of a minibatch and its estimate of the bound, both per unit of weight.
@@ -207,7 +207,7 @@ def training_loss(
         Of mean one over the training rows.
     noise : Tensor of shape (B, k) or (K, B, k)
         One draw per row, or K.
-    beta : float
+    beta : float or Tensor of shape ()
         Weight of the KL (Higgins et al. 2017); 1 is the bound.
     free_bits : float
         lambda, nats per code that cost nothing (Kingma et al. 2016, arXiv:1606.04934, C.8); must be
@@ -252,7 +252,7 @@ def importance_loss(
     weight: Tensor,
     q: Posterior,
     noise: Tensor,
-    beta: float,
+    beta: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     r"""Return a loss with the gradient of the importance-weighted bound, and the ELBO.
 

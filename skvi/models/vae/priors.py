@@ -10,6 +10,7 @@ A posterior of z is thereby a posterior of u inside the box, and since divergenc
 under one-to-one maps, ``KL(q(u|x) || Uniform) = KL(q(z|x) || N(0, I))``, in closed form.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
@@ -104,8 +105,13 @@ def moments(q: Posterior) -> tuple[Tensor, Tensor]:
 
 def _draws(q: Posterior) -> Tensor:
     """Return draws by noise that is the same for all rows and calls, (S, B, k)."""
-    noise = shared_noise(_MOMENT_DRAWS, q.mean.shape[-1], _MOMENT_SEED)
-    return q.draw(noise.to(q.mean)[:, None, :])
+    return q.draw(_moment_noise(q.mean.shape[-1], q.mean.dtype, q.mean.device)[:, None, :])
+
+
+@functools.lru_cache(maxsize=16)  # steps of training read it, which must not wait for the host
+@torch.inference_mode(False)
+def _moment_noise(n_components: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return shared_noise(_MOMENT_DRAWS, n_components, _MOMENT_SEED).to(device, dtype)
 
 
 def _moments_of_draws(draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,7 +260,7 @@ class VampPrior(NormalPrior):
         """Return p(z); its last component is the standard normal."""
         inputs = nn.functional.pad(self.pseudo_inputs, (0, 0, 0, 1))
         known = torch.ones_like(inputs[:, :1], dtype=torch.bool)
-        known[-1] = False
+        known[-1:].zero_()  # in place on the device; a False would come from the host
         return Mixture(self.logits.log_softmax(-1), encode(inputs, known))
 
     def initialise(self, inputs: Tensor, codes: Tensor) -> None:
