@@ -255,7 +255,7 @@ class VariationalGMM(
     converged_ : bool
         Whether the kept start reached `tol`. False after `partial_fit` of another block, since
         no row is visited twice.
-        A search for moves that `max_iter` cut short at a converged state counts as converged.
+        A search for moves that `max_iter` cut short at such a state counts as converged.
     n_samples_seen_ : float
         Sum of the sample weights of all rows with something observed, of the last `fit` and of
         `partial_fit` since.
@@ -646,8 +646,11 @@ class VariationalGMM(
                 max_iter=self.max_iter,
                 monitor=monitor,
             )
-            if solution.bound > summit and monitor.n_iter < self.max_iter:
-                solution = climb_on(solution.state, self.tol)
+            if solution.bound > summit:
+                if monitor.n_iter < self.max_iter:
+                    solution = climb_on(solution.state, self.tol)
+                elif self.tol < _ROUGH_TOL:
+                    solution = solution._replace(status=Status.MAX_ITER)
         if solution.status is Status.NON_FINITE:
             raise ValueError(_EXTREME)
         return solution

@@ -14,6 +14,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 
 from skvi import VariationalGMM
+from skvi.estimators import gmm
+from skvi.inference.monitor import Status
 from skvi.models.mixture import missing, start
 from skvi.models.mixture.moves import MOVES, Move
 
@@ -320,6 +322,60 @@ def test_max_iter_limits_moves_too(long, monkeypatch):
         _check(model, X)
         assert model.elbo_ >= before - 1e-9 * abs(before)
         before = model.elbo_
+
+
+@pytest.mark.parametrize("ending", ["error", "non-finite", "summit"])
+def test_what_an_ascent_between_moves_ends_with_harms_nothing(ending, monkeypatch):
+    X, _ = _planted()
+    plain = _fit(X, moves=["reorder"], tol=1e-5)
+    climb, asked = gmm.climb, []
+
+    def ends(step, state, *, max_iter, monitor):
+        asked.append(monitor.tol)
+        solution = climb(step, state, max_iter=max_iter, monitor=monitor)
+        if ending == "error":
+            raise torch.linalg.LinAlgError("not positive definite")
+        return solution._replace(status=Status.NON_FINITE) if ending == "non-finite" else solution
+
+    def search(solution, propose, step, ascend, *, max_iter, monitor):
+        assert monitor.tol == 1e-5
+        n_kept = len(monitor.history)
+        with monkeypatch.context() as patch:
+            patch.setattr(gmm, "climb", ends)
+            found = ascend(solution.state)
+        assert asked == [1e-3]  # rough
+        assert monitor.tol == 1e-5
+        assert found.status is Status.CONVERGED
+        assert (len(monitor.history) == n_kept) is (ending == "error")
+        return found
+
+    monkeypatch.setattr(gmm, "search", search)
+    model = _fit(X, tol=1e-5)
+    assert model.converged_
+    assert model.elbo_ >= plain.elbo_
+    _check(model, X)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("tol", [1e-7, 1e-2])
+def test_a_fit_that_ends_between_moves_has_converged_if_it_reached_tol(tol):
+    """The ascents between moves are rough, but `converged_` speaks of `tol`."""
+    rng = np.random.default_rng(1)
+    X = 2.0 * rng.normal(size=(4, 2))[rng.integers(4, size=100)] + rng.normal(size=(100, 2))
+    params = {"tol": tol, "random_state": 1}
+    last = _fit(X, **params).n_iter_
+    said = []
+    for max_iter in range(max(1, last - 8), last + 1):
+        model = _fit(X, **params, max_iter=max_iter)
+        said.append(model.converged_)
+        before = model.elbo_
+        model.set_params(moves=["reorder"], warm_start=True, max_iter=1).fit(X)
+        if said[-1]:
+            assert model.elbo_ - before <= tol * len(X)
+    assert said[-1]
+    if tol < 1e-3:  # on the summit of the start, and on that of the moves
+        assert said[:-1].count(True) > 0
+        assert said[said.index(True) :].count(False) > 0
 
 
 def test_every_pass_is_announced(capsys, monkeypatch):

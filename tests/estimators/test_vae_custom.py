@@ -270,3 +270,28 @@ def test_networks_of_the_users_multiply_no_narrow_numbers(iris, precision):
     plain = _fit(clone(vae).set_params(precision="float32"), iris)
     assert vae.elbo_ != plain.elbo_
     assert vae.elbo_ == pytest.approx(plain.elbo_, rel=0.05)
+
+
+class Narrow(nn.Linear):
+    """Multiplies in bfloat16 and returns that."""
+
+    def forward(self, x):
+        half = torch.bfloat16
+        return nn.functional.linear(x.to(half), self.weight.to(half), self.bias.to(half))
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_networks_that_return_fewer_digits_cost_the_densities_none(rng):
+    X = (rng.uniform(size=(60, 400)) < 0.5).astype(float)
+    vae = VAETransformer(
+        2, encoder=lambda n_in, n_out: nn.Linear(n_in, n_out), decoder=Narrow, max_iter=1,
+        random_state=0, device="cpu",
+    ).fit(X)  # fmt: skip
+    net = vae._model.on(torch.device("cpu"), torch.float32)
+    z = torch.zeros(1, 2)
+    logits = net.decode(z)
+    assert logits.dtype is torch.float32
+    x = torch.from_numpy(X).float()
+    expected = (x.double() * logits.double() - nn.functional.softplus(logits.double())).sum(-1)
+    found = net.likelihood.log_prob(x, logits)
+    np.testing.assert_allclose(found.detach(), expected.detach(), rtol=1e-6)

@@ -488,9 +488,13 @@ def test_scores_of_blocks_are_those_of_rows(shape, ill, monkeypatch):
     weights = posterior.weights.map(lambda a: a[order])
     posterior = Posterior(weights, posterior.components.take(order))
     scores = bound.Scores(posterior, Workspace())
+
     # As rounding may have it, the last of the two is the larger.
-    heavier = posterior.weights.map(lambda a: a * _t([1.0, 1.0, 1.0, 1.0 + 1e-12]))
-    rounded = bound.Scores(posterior._replace(weights=heavier), Workspace())
+    def with_heavier_last(excess):
+        heavier = posterior.weights.map(lambda a: a * _t([1.0, 1.0, 1.0, 1.0 + excess]))
+        return bound.Scores(posterior._replace(weights=heavier), Workspace())
+
+    rounded = with_heavier_last(1e-14)
     assert (rounded.log_rho(_t(problem.X))[3] > rounded.log_rho(_t(problem.X))[1]).any()
     for block in (slice(None, 5), slice(5, None), slice(1, 2)):
         x = _t(problem.X[block])
@@ -501,6 +505,8 @@ def test_scores_of_blocks_are_those_of_rows(shape, ill, monkeypatch):
         np.testing.assert_array_equal(scores.labels(x), expected.numpy().argmax(0))
         assert (scores.labels(x) < 3).all()
         np.testing.assert_array_equal(rounded.labels(x), scores.labels(x))
+        heavier = with_heavier_last(1e-11)
+        np.testing.assert_array_equal(heavier.labels(x), heavier.log_rho(x).argmax(0))
 
 
 @every_shape

@@ -448,6 +448,115 @@ def test_many_merges_find_what_was_predicted_or_more(shape, law, monkeypatch):
     assert after - before < gain - 1.0
 
 
+def _far_twins(shape, n_twins=3):
+    """Statistics of pairs of equal components, the twins k and k + n_twins, far from the others."""
+    p = _problem(shape, "dirichlet_process", D=3, N=200 * n_twins, K=2 * n_twins)
+    pair = np.arange(p.N) % n_twins
+    p.X = np.random.default_rng(0).normal(size=p.X.shape) + 300.0 * np.eye(3)[pair]
+    p.resp = np.maximum(np.eye(p.K)[pair + n_twins * (np.arange(p.N) // n_twins % 2)], _NONE)
+    pairs = torch.tensor(list(itertools.combinations(range(p.K), 2)))
+    nothing = torch.zeros(len(pairs)).double()
+    survey = moves.Survey(
+        _t(p.X), _t(p.weight), [], nothing, nothing[: p.K], torch.zeros(p.K).double()
+    )
+    return p, centred(_statistics(p), p.cls), pairs, survey
+
+
+@every_shape
+def test_many_merges_take_the_best_pair_first_and_end_at_the_barrier(shape, monkeypatch):
+    monkeypatch.setattr(moves, "_BARRIER", 10.0)
+    p, statistics, pairs, survey = _far_twins(shape)
+    propose = Proposals(p.prior, p.rows, ("merge",), np.random.default_rng(0))
+    n_calls = 0
+
+    def counted(*args):
+        nonlocal n_calls
+        n_calls += 1
+        return moves_of_two(*args)
+
+    moves_of_two = moves.merge_gains
+    monkeypatch.setattr(moves, "merge_gains", counted)
+    gain, merged = propose._agglomerate(statistics, pairs, survey)
+    assert gain > 0.0
+    assert sorted(merged.counts.round().tolist()) == [0.0, 0.0, 0.0, 200.0, 200.0, 200.0]
+    assert n_calls == 4  # the fourth merge, of two clusters, is the last one looked at
+
+
+def test_one_merge_alone_is_not_many():
+    p, statistics, pairs, survey = _far_twins("full", n_twins=1)
+    propose = Proposals(p.prior, p.rows, ("merge",), np.random.default_rng(0))
+    assert propose._agglomerate(statistics, pairs, survey)[0] == -np.inf
+
+
+def test_many_merges_count_the_cells_that_are_completed_anew(monkeypatch):
+    """Of the smaller component in each merge, with those that it took over."""
+    monkeypatch.setattr(moves, "_BARRIER", np.inf)
+    p, statistics, pairs, survey = _far_twins("full", n_twins=2)
+    propose = Proposals(p.prior, p.rows, ("merge",), np.random.default_rng(0))
+    gain, _ = propose._agglomerate(statistics, pairs, survey)
+    found, merged = propose._agglomerate(
+        statistics, pairs, survey._replace(completed=_t([100.0, 7.0, 300.0, 20.0]))
+    )
+    assert sorted(merged.counts.round().tolist()) == [0.0, 0.0, 200.0, 200.0]
+    np.testing.assert_allclose(found - gain, 100.0 + 7.0)
+    # With enough cells even the clusters are tried as one.
+    cells = _t([1e5, 7e4, 3e5, 2e4])
+    found, merged = propose._agglomerate(statistics, pairs, survey._replace(completed=cells))
+    one, _ = propose._agglomerate(statistics, pairs, survey._replace(completed=2.0 * cells))
+    assert sorted(merged.counts.round().tolist()) == [0.0, 0.0, 0.0, 400.0]
+    np.testing.assert_allclose(one - found, 1e5 + 2e4 + (7e4 + 2e4))
+
+
+@pytest.mark.parametrize(("gain", "is_tried"), [(-19.9, True), (-20.1, False)])
+def test_many_merges_are_tried_though_they_look_a_little_worse(gain, is_tried, monkeypatch):
+    p = _problem("full", "dirichlet_process", K=4, N=40)
+    step = bound.coordinate_ascent(p.prior, p.rows)
+    state, _ = step(State(p.prior, _statistics(p)))
+    propose = Proposals(p.prior, p.rows, ("merge",), np.random.default_rng(0))
+    monkeypatch.setattr(Proposals, "_choose", lambda *_: iter(()))
+    monkeypatch.setattr(Proposals, "_agglomerate", lambda self, moments, *_: (gain, moments))
+    assert len(list(propose(state))) == is_tried
+
+
+def test_gains_of_many_sets_are_those_of_each(monkeypatch):
+    p = _problem("diag", "dirichlet_process", K=5, N=40)
+    statistics = centred(_statistics(p), p.cls)
+    pairs = torch.tensor(list(itertools.combinations(range(5), 2)))
+    propose = Proposals(p.prior, p.rows, moves.MOVES, np.random.default_rng(0))
+    nothing = torch.zeros(10).double()
+    survey = moves.Survey(_t(p.X), _t(p.weight), [], nothing, nothing[:5], nothing[:5])
+    sets = [[move] for move in propose._merges(statistics, pairs, survey)]
+    assert len(sets) == 5
+    together = propose.gains(statistics, sets)
+    monkeypatch.setattr(moves, "_COUNTS_AT_ONCE", 2 * 5)
+    np.testing.assert_allclose(propose.gains(statistics, sets), together, rtol=1e-14)
+    assert len(set(together)) == 5
+
+
+def test_a_split_that_fails_hides_no_other_and_is_not_tried_again(monkeypatch):
+    p = _problem("diag", "dirichlet_process", K=4, N=60)
+    step = bound.coordinate_ascent(p.prior, p.rows)
+    state, _ = step(State(p.prior, _statistics(p)))
+    statistics = centred(state.moments, p.cls)
+    full = torch.arange(4)
+    tried = []
+
+    def split(self, moments, survey, k, part, n_parts):
+        tried.append(k)
+        if k == 1:
+            raise torch.linalg.LinAlgError("not positive definite")
+        return Move(1.0, (k,), moments.map(lambda array: array[:2]))
+
+    monkeypatch.setattr(Proposals, "_split", split)
+    propose = Proposals(p.prior, p.rows, ("birth",), np.random.default_rng(0))
+    survey = propose._look(state.posterior, torch.empty(0, 2, dtype=torch.long))
+    for expected in ([0, 1, 2, 3], [0, 2, 3]):
+        tried.clear()
+        found = propose._splits(state.posterior, statistics, full, survey, 1)
+        assert [move.old for move in found] == [(0,), (2,), (3,)]
+        assert tried == expected
+
+
 def test_the_check_of_predictions_can_fail():
     """Leaving out the entropy of the labels is seen."""
     p = _problem("full", "dirichlet_process", D=3, N=20, K=4, weighted=True)

@@ -354,7 +354,8 @@ class Proposals:
         Where rows are few, no two components may pay as one although many of them do. The entropy
         of rows that three components share is counted for each pair of them, which is too much,
         since ``h(r) = r log r`` has a falling second derivative: without missing cells what is
-        predicted is a lower bound.
+        predicted is a lower bound, as long as all pairs that share rows are among `pairs`. With
+        more components than neighbours of each it may promise too much.
         """
         shape = type(self._prior.components)
         current, mixing, completed = moments, survey.mixing, survey.completed

@@ -139,8 +139,9 @@ class Rowwise(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., n_in) to (..., n_out)."""
-        return self.module(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        """Map (..., n_in) to (..., n_out), in the dtype of x whatever the network computes in."""
+        y: Tensor = self.module(x.reshape(-1, x.shape[-1]))
+        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custom:
