@@ -40,11 +40,24 @@ def seconds_per_pass(fit: Callable[[int], Any], n_passes: int, repeat: int = 2) 
     return (seconds(lambda: fit(1 + n_passes), repeat) - seconds(lambda: fit(1), repeat)) / n_passes
 
 
-def gemm_gflops(dtype: torch.dtype = torch.float64, size: int = 2048) -> float:
-    """Measured matrix-product rate of this machine, the limit that passes are held against."""
-    a = torch.rand(size, size, dtype=dtype)
-    a @ a
-    return 2.0 * size**3 / seconds(lambda: a @ a, 5) / 1e9
+def synchronise(device: torch.device) -> None:
+    """Wait until `device` has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gemm_gflops(
+    dtype: torch.dtype = torch.float64, size: int = 2048, device: str | torch.device = "cpu"
+) -> float:
+    """Measured rate of a square product, the limit that passes and steps are held against."""
+    a = torch.rand(size, size, device=device).to(dtype)
+
+    def product() -> None:
+        a @ a
+        synchronise(a.device)
+
+    product()
+    return 2.0 * size**3 / seconds(product, 5) / 1e9
 
 
 def machine() -> dict[str, Any]:

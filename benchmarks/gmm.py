@@ -31,6 +31,7 @@ from benchmarks.common import (
     peak_memory,
     seconds,
     seconds_per_pass,
+    synchronise,
 )
 from skvi import VariationalGMM
 from skvi.inference.monitor import Monitor
@@ -597,11 +598,6 @@ def gpu_pass(
     The limit is the time that the two matrix products of a pass need at the rate that float64
     products reach on the same device.
     """
-
-    def synchronise() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     rng = np.random.default_rng(0)
     X = np.empty((n, d), dtype)
     for start in range(0, n, 100_000):
@@ -616,19 +612,12 @@ def gpu_pass(
 
     def one_pass() -> None:
         expectation(posterior, rows)
-        synchronise()
+        synchronise(device)
 
     one_pass()
     per_pass = seconds(one_pass)
     size = min(8192, max(256, n))
-    a = torch.rand(size, size, dtype=torch.float64, device=device)
-
-    def product() -> None:
-        a @ a
-        synchronise()
-
-    product()
-    rate = 2.0 * size**3 / seconds(product, 5)
+    rate = 1e9 * gemm_gflops(torch.float64, size, device)
     limit = 4.0 * n * k * Full.n_monomials(d) / rate
     return per_pass, per_pass / limit
 
