@@ -627,28 +627,28 @@ class VariationalGMM(
                 except torch.linalg.LinAlgError:
                     return  # what cannot be predicted is not tried
 
-            def climb_on(state: State, tol: float) -> Solution[State]:
+            def climb_on(state: State, tol: float, if_it_fails: Status) -> Solution[State]:
                 n_kept = monitor.n_iter
                 try:
                     higher = ascend_from(state, tol)
                 except torch.linalg.LinAlgError:
                     del monitor.history[n_kept:]  # the state they belonged to is lost
-                    return Solution(state, monitor.history, Status.CONVERGED)
+                    return Solution(state, monitor.history, if_it_fails)
                 # What was reached before the bound left the finite numbers stays.
                 failed = higher.status is Status.NON_FINITE
-                return higher._replace(status=Status.CONVERGED) if failed else higher
+                return higher._replace(status=if_it_fails) if failed else higher
 
             solution = search(
                 solution,
                 proposals,
                 attempt,
-                lambda state: climb_on(state, max(self.tol, _ROUGH_TOL)),
+                lambda state: climb_on(state, max(self.tol, _ROUGH_TOL), Status.CONVERGED),
                 max_iter=self.max_iter,
                 monitor=monitor,
             )
             if solution.bound > summit:
                 if monitor.n_iter < self.max_iter:
-                    solution = climb_on(solution.state, self.tol)
+                    solution = climb_on(solution.state, self.tol, Status.MAX_ITER)
                 elif self.tol < _ROUGH_TOL:
                     solution = solution._replace(status=Status.MAX_ITER)
         if solution.status is Status.NON_FINITE:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ State = dict[str, np.ndarray]
 _MAX_HALVINGS = 5
 # A restart from the last good state loses about this many steps at most.
 _SNAPSHOT_STEPS = 100
-# Steps that are made before others are recorded, and how many must be left to make that pay.
+# Steps that are made before others are recorded, and how many must follow to make that pay.
 _PLAIN_STEPS = 5
 _WORTH_RECORDING = 200
 
@@ -255,6 +256,7 @@ class _Steps:
 
     def forget(self) -> None:
         """Drop all records: the optimiser's moments have moved to other memory."""
+        # Plain steps to come: they create moments, and what libraries set up at their first call.
         self._n_plain = _PLAIN_STEPS
         # By the size of the minibatch: where its rows are read, and what repeats the step.
         self._recorded: dict[int, tuple[Tensor, Callable[[], None]]] = {}
@@ -263,17 +265,31 @@ class _Steps:
         """Make a step with these rows and these learning rates of the optimiser's groups."""
         self._number.fill_(number)
         _set_rates(self._optimizer, rates)
-        if self._record is None or self._n_plain > 0:
-            # The first ones create moments, and what libraries set up at their first call.
-            self._n_plain -= 1
+        if self._record is not None and self._n_plain == 0:
+            self._record_for(batch, self._record)
+        self._n_plain = max(0, self._n_plain - 1)
+        if len(batch) in self._recorded:
+            rows, repeat = self._recorded[len(batch)]
+            rows.copy_(batch)
+            repeat()
+        else:
             self._run(batch)
+
+    def _record_for(self, batch: Tensor, record: Recorder) -> None:
+        """Have a record for minibatches of this size, if there can be one."""
+        if len(batch) in self._recorded:
             return
-        if len(batch) not in self._recorded:
-            rows = batch.clone()
-            self._recorded[len(batch)] = rows, self._record(lambda: self._run(rows))
-        rows, repeat = self._recorded[len(batch)]
-        rows.copy_(batch)
-        repeat()
+        rows = batch.clone()
+        try:
+            self._recorded[len(batch)] = rows, record(lambda: self._run(rows))
+        except RuntimeError as error:
+            self._record = None
+            warnings.warn(
+                "The steps of training cannot be recorded and are made one by one, which takes "
+                f"longer: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _run(self, batch: Tensor) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -337,8 +353,9 @@ def descend(
     save : callable, optional
         Called after every epoch with a function that returns the state of the run.
     record : Recorder, optional
-        Steps of long runs are recorded by it and repeated, as its device allows; see
-        :func:`skvi.runtime.graph.recorder` for what that asks of `objective`.
+        Steps of long runs are recorded by it and repeated; see
+        :func:`skvi.runtime.graph.recorder` for what that asks of `objective`. Where it fails, a
+        RuntimeWarning says so and all steps are made as they are.
 
     Returns
     -------
@@ -347,8 +364,6 @@ def descend(
     base_rate = [float(group["lr"]) for group in optimizer.param_groups]
     n_batches = math.ceil(len(rows) / batch_size)
     total = rows.new_zeros((), dtype=parameters[0].dtype)
-    worth_it = n_epochs * n_batches >= _WORTH_RECORDING
-    make_step = _Steps(objective, optimizer, total, record if worth_it else None)
     if state is None:
         progress = _Progress(_Snapshot.take(parameters, optimizer), -math.inf)
         if validate is not None:
@@ -359,6 +374,8 @@ def descend(
     else:
         progress = _Progress.resume(state, parameters, optimizer, generator)
     history, validation = progress.history, progress.validation
+    worth_it = (n_epochs - len(history)) * n_batches >= _WORTH_RECORDING
+    make_step = _Steps(objective, optimizer, total, record if worth_it else None)
 
     def export() -> State:
         return progress.export(_Snapshot.take(parameters, optimizer), generator)

@@ -1,5 +1,6 @@
 """Work of a device that is recorded once and repeated as a whole."""
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -7,6 +8,9 @@ import torch
 # Makes the function that it is given known to the device, which may or may not run it, and returns
 # what runs it: the same operations on the same memory, without the function's Python.
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+
+# A process may make one record at a time.
+_lock = threading.Lock()
 
 
 def recorder(generator: torch.Generator) -> Recorder | None:
@@ -20,16 +24,24 @@ def recorder(generator: torch.Generator) -> Recorder | None:
     ----------
     generator : torch.Generator
         Goes on from where it is in every repetition.
+
+    Returns
+    -------
+    Recorder or None
+        Raises RuntimeError for work that cannot be recorded.
     """
     device = generator.device
     if device.type != "cuda":
         return None
+    stream = torch.cuda.Stream(device)
 
     def record(run: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(generator)
-        with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
-            run()
+        with _lock, torch.cuda.device(device):
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(generator)
+            # Other threads may go on allocating and waiting.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                run()
         return graph.replay
 
     return record

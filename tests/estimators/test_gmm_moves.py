@@ -356,6 +356,30 @@ def test_what_an_ascent_between_moves_ends_with_harms_nothing(ending, monkeypatc
     _check(model, X)
 
 
+@pytest.mark.parametrize("ending", ["error", "non-finite"])
+def test_a_last_ascent_that_fails_leaves_the_state_before_it_unconverged(ending, monkeypatch):
+    X, truth = _planted()
+    _start_from(monkeypatch, _exchanged(truth, X))
+    whole = _fit(X, n_components=4)
+    climb, asked = gmm.climb, []
+
+    def ends(step, state, *, max_iter, monitor):
+        asked.append(monitor.tol)
+        solution = climb(step, state, max_iter=max_iter, monitor=monitor)
+        if asked[-1] == whole.tol and 1e-3 in asked:
+            if ending == "error":
+                raise torch.linalg.LinAlgError("not positive definite")
+            return solution._replace(status=Status.NON_FINITE)
+        return solution
+
+    monkeypatch.setattr(gmm, "climb", ends)
+    with pytest.warns(ConvergenceWarning, match="had not converged"):
+        cut = _fit(X, n_components=4)
+    assert not cut.converged_
+    assert cut.elbo_ == pytest.approx(whole.elbo_, abs=1.0)
+    _check(cut, X)
+
+
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("tol", [1e-7, 1e-2])
 def test_a_fit_that_ends_between_moves_has_converged_if_it_reached_tol(tol):

@@ -12,7 +12,7 @@ from skvi.inference import gradient as module
 from skvi.inference.gradient import Patience, Schedule, adam, descend, export_state
 from skvi.inference.monitor import Status
 from skvi.runtime.random import make_generator
-from tests.recording import record
+from tests.recording import recorder
 
 ENDLESS = Patience(10**6, 0.0)
 
@@ -303,13 +303,13 @@ def test_recorded_steps_give_the_same_bits_also_after_a_restart(monkeypatch):
     monkeypatch.setattr(module, "_SNAPSHOT_STEPS", 10)
     y = torch.linspace(1.0, 3.0, 50)
     ends = []
-    for recorder in (None, record):
+    for recorded in (False, True):
         p, n_records = _parameter(-8.0), 0
         optimizer = adam([p], 0.1)
 
         def objective(batch, step):
             rate = optimizer.param_groups[0]["lr"]  # noqa: B023
-            noise = torch.empty(len(batch)).normal_(generator=generator)  # noqa: B023
+            noise = y.new_empty(len(batch)).normal_(generator=generator)  # noqa: B023
             loss = (p + 0.01 * noise - y[batch]).square().mean() * (1.0 + 0.001 * step)  # noqa: B023
             spoilt = (p.detach() > 1.4) & (rate > 0.05)  # noqa: B023
             loss = loss * torch.where(spoilt, math.nan, 1.0)
@@ -318,7 +318,7 @@ def test_recorded_steps_give_the_same_bits_also_after_a_restart(monkeypatch):
         def counted(run):
             nonlocal n_records
             n_records += 1
-            return record(run)
+            return recorder(generator)(run)  # noqa: B023
 
         generator = make_generator(0)
         result = descend(
@@ -331,12 +331,35 @@ def test_recorded_steps_give_the_same_bits_also_after_a_restart(monkeypatch):
             schedule=Schedule(3, anneal=True),
             generator=generator,
             patience=ENDLESS,
-            record=recorder and counted,
+            record=counted if recorded else None,
         )
         ends.append((result, float(p.detach()), export_state(optimizer)))
         assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1)
     assert n_records == 4  # two sizes of minibatch, and anew after the restart
     assert ends[0] == ends[1]
+
+
+def test_what_a_recorded_step_reads_is_on_its_device():
+    class OnCuda(torch.nn.Parameter):
+        is_cuda = True
+
+    p = OnCuda(torch.zeros(2, device="meta"))
+    optimizer = adam([{"params": [p]}, {"params": [OnCuda(torch.zeros(3, device="meta"))]}], 0.1)
+    for group in optimizer.param_groups:
+        assert group["lr"].device.type == "meta"
+        assert group["lr"].dtype is torch.float32
+        assert group["capturable"]
+    numbers = []
+
+    def objective(batch, step):
+        numbers.append(step)
+        return p.sum(), p.detach().sum()
+
+    total = torch.zeros((), device="meta")
+    steps = module._Steps(objective, optimizer, total, None)
+    optimizer.step = lambda: None  # meta tensors have no fused kernel
+    steps(torch.arange(3), 0, [0.1, 0.1])
+    assert numbers[0].device.type == "meta"
 
 
 def test_a_short_run_is_not_recorded():

@@ -140,7 +140,7 @@ def log_rho(posterior: Posterior, x: Tensor | Cells) -> Tensor:
     return LogRho(posterior)(x, components.monomials(x))
 
 
-# Rounding of log rho, relative and for each of up to (1 + D)^2 monomials.
+# Rounding of log rho, relative and for each term of the sums that it is made of.
 _ROUNDING = 16 * torch.finfo(torch.float64).eps
 
 
@@ -182,7 +182,8 @@ class Scores:
         log_rho = self.log_rho(x)
         largest = log_rho.amax(0)
         # Empty components of a symmetric prior are equal, but for the rounding of the products.
-        tie = _ROUNDING * (1 + self._posterior.components.n_features) ** 2
+        D = self._posterior.components.n_features
+        tie = _ROUNDING * (D + self._posterior.components.n_monomials(D))
         first = log_rho >= largest - tie * (1.0 + largest.abs())
         # Along this dimension max is several times faster than argmax.
         return first.byte().max(0).indices

@@ -108,7 +108,7 @@ def _draws(q: Posterior) -> Tensor:
     return q.draw(_moment_noise(q.mean.shape[-1], q.mean.dtype, q.mean.device)[:, None, :])
 
 
-@functools.lru_cache(maxsize=16)  # steps of training read it, which must not wait for the host
+@functools.cache  # for recorded steps, which may not make it anew and do not keep it alive
 @torch.inference_mode(False)
 def _moment_noise(n_components: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return shared_noise(_MOMENT_DRAWS, n_components, _MOMENT_SEED).to(device, dtype)
@@ -260,7 +260,7 @@ class VampPrior(NormalPrior):
         """Return p(z); its last component is the standard normal."""
         inputs = nn.functional.pad(self.pseudo_inputs, (0, 0, 0, 1))
         known = torch.ones_like(inputs[:, :1], dtype=torch.bool)
-        known[-1:].zero_()  # in place on the device; a False would come from the host
+        known[-1:].zero_()
         return Mixture(self.logits.log_softmax(-1), encode(inputs, known))
 
     def initialise(self, inputs: Tensor, codes: Tensor) -> None:

@@ -1,0 +1,99 @@
+"""What is recorded on CUDA, with torch's part of it replaced."""
+
+import contextlib
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from skvi.runtime.graph import recorder
+
+
+class _Cuda:
+    """Notes what is asked of torch.cuda."""
+
+    def __init__(self, monkeypatch):
+        self.log = []
+        for name, stand_in in (
+            ("CUDAGraph", self._graph),
+            ("Stream", lambda device: self._note("stream", device)),
+            ("device", lambda device: self._inside("device", device)),
+            ("graph", self._capture),
+        ):
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def _note(self, *entry):
+        self.log.append(entry)
+        return entry
+
+    @contextlib.contextmanager
+    def _inside(self, *entry):
+        self._note("enter", *entry)
+        yield
+        self._note("exit", *entry)
+
+    def _graph(self):
+        self._note("graph")
+        return SimpleNamespace(
+            register_generator_state=lambda generator: self._note("register", generator),
+            replay=lambda: self._note("replay"),
+        )
+
+    def _capture(self, graph, *, stream, capture_error_mode):
+        return self._inside("capture", stream, capture_error_mode)
+
+
+def test_the_cpu_records_nothing():
+    assert recorder(torch.Generator()) is None
+
+
+def test_a_graph_is_captured_on_the_device_of_the_generator_and_draws_from_it(monkeypatch):
+    cuda = _Cuda(monkeypatch)
+    device = torch.device("cuda", 1)
+    generator = SimpleNamespace(device=device)
+    record = recorder(generator)
+    repeats = [record(lambda: cuda._note("run")) for _ in range(2)]
+    capture = ("capture", ("stream", device), "thread_local")
+    one = [
+        ("enter", "device", device),
+        ("graph",),
+        ("register", generator),
+        ("enter", *capture),
+        ("run",),
+        ("exit", *capture),
+        ("exit", "device", device),
+    ]
+    assert cuda.log == [("stream", device), *one, *one]
+    cuda.log.clear()
+    for repeat in repeats:
+        repeat()
+    assert cuda.log == [("replay",)] * 2
+
+
+def test_one_record_is_made_at_a_time_and_a_failure_lets_the_next_one_in(monkeypatch):
+    _Cuda(monkeypatch)
+    record = recorder(SimpleNamespace(device=torch.device("cuda", 0)))
+    n_inside, most = 0, 0
+    entered = threading.Event()
+
+    def run():
+        nonlocal n_inside, most
+        n_inside += 1
+        most = max(most, n_inside)
+        entered.wait(0.05)
+        n_inside -= 1
+
+    threads = [threading.Thread(target=record, args=(run,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+    def fail():
+        raise RuntimeError("cannot be captured")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cannot be captured"):
+            record(fail)
