@@ -46,8 +46,8 @@ class PlainVAE(nn.Module):
     @torch.no_grad()
     def log_predictive(self, x: Tensor, n_importance: int) -> float:
         """Importance-weighted ``log p(x)``, the mean over rows."""
-        values = [self.bound(row[None], n_importance) for row in x]
-        return float(np.mean(values))
+        # Numbers, not tensors: those would keep the large ones before them from being given back.
+        return float(np.mean([float(self.bound(row[None], n_importance)) for row in x]))
 
 
 def plain_epoch(
