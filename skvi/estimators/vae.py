@@ -142,8 +142,9 @@ class VAETransformer(
     or another `prior` of z and a richer law q (`posterior_type`).
     The decoder f and the encoder :math:`(\mu, \log\sigma^2)` are each a linear map plus a
     multilayer perceptron. Training starts at factor analysis, the best model without the
-    perceptrons, and climbs the bound on :math:`\log p(X)` by Adam with reparameterised gradients
-    (Kingma & Welling 2014; Rezende et al. 2014). The weights that bend the networks have a
+    perceptrons, at the posterior that the likelihood gives it, and climbs the bound on
+    :math:`\log p(X)` by Adam with reparameterised gradients (Kingma & Welling 2014; Rezende et
+    al. 2014). The weights that bend the networks have a
     normal prior of precision 20 (in fitted units), which holds for a hundred rows and fades for
     many; it enters no reported number.
 
@@ -209,8 +210,7 @@ class VAETransformer(
         ``E log 1/K sum_k p(x, z_k) / q(z_k|x)`` (Burda et al. 2016) by doubly reparameterised
         gradients (Tucker et al. 2019): a better decoder, at K times the work. `beta` and
         `kl_warmup` then are powers of ``p(z) / q(z|x)``; `free_bits` must be 0. Scores and `elbo_`
-        remain the ELBO: :meth:`log_predictive` shows what was gained. On hundreds of binary
-        columns these gradients are too noisy at the linear start, and fits end lower than with 1.
+        remain the ELBO: :meth:`log_predictive` shows what was gained.
     beta : float, default=1.0
         Weight of the KL term in training (Higgins et al. 2017). Reported bounds have beta = 1.
     kl_warmup : int, default=0

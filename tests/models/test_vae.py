@@ -14,7 +14,13 @@ from skvi.models.vae import objective, start
 from skvi.models.vae.likelihoods import Block
 from skvi.models.vae.networks import Architecture, build, export, restore
 from skvi.models.vae.posteriors import bounded_log_var, unbounded_log_var
-from skvi.models.vae.start import CentredEntries, TrainingRows, factor_analysis, initialise
+from skvi.models.vae.start import (
+    CentredEntries,
+    TrainingRows,
+    factor_analysis,
+    initialise,
+    linear_posterior,
+)
 from skvi.runtime.random import make_generator, shared_noise
 
 # A two-sided normal deviate beyond 5 has probability 6e-7: the false-positive rate per check.
@@ -328,16 +334,25 @@ def test_the_start_is_scikit_learns_factor_analysis(rng):
     X = latent + rng.normal(size=(400, 6)) * rng.uniform(0.3, 1.0, size=6)
     X = X - X.mean(0)
     least = torch.full((6,), 1e-4, dtype=torch.float64)
-    start = factor_analysis(torch.from_numpy(X) / math.sqrt(400), 2, least, make_generator(0))
-    cov = (start.loadings @ start.loadings.T + torch.diag(start.noise)).numpy()
+    loadings, noise = factor_analysis(
+        torch.from_numpy(X) / math.sqrt(400), 2, least, make_generator(0)
+    )
+    cov = (loadings @ loadings.T + torch.diag(noise)).numpy()
     ours = stats.multivariate_normal(np.zeros(6), cov).logpdf(X).mean()
     theirs = FactorAnalysis(2, tol=1e-8, max_iter=5000, svd_method="lapack").fit(X).score(X)
     assert ours == pytest.approx(theirs, abs=2e-3)
-    # the posterior is diagonal, and the encoder is its mean
-    precision = torch.eye(2) + start.loadings.T @ (start.loadings / start.noise[:, None])
-    assert torch.allclose(precision, torch.diag((-start.log_var).exp()), atol=1e-8)
-    gain = torch.linalg.solve(precision, (start.loadings / start.noise[:, None]).T)
-    assert torch.allclose(start.encoder, gain, atol=1e-10)
+
+
+def test_the_linear_posterior_is_exact_and_diagonal(rng):
+    loadings, noise = torch.from_numpy(rng.normal(size=(6, 3))), torch.from_numpy(rng.random(6))
+    posterior = linear_posterior(loadings, noise)
+    torch.testing.assert_close(posterior.rotation @ posterior.rotation.T, torch.eye(3).double())
+    rotated = loadings @ posterior.rotation
+    precision = torch.eye(3) + rotated.T @ (rotated / noise[:, None])
+    torch.testing.assert_close(precision, torch.diag((-posterior.log_var).exp()))
+    assert (posterior.log_var.diff() >= 0).all()
+    gain = torch.linalg.solve(precision, (rotated / noise[:, None]).T)
+    torch.testing.assert_close(posterior.encoder, gain)
 
 
 @pytest.mark.parametrize(("n_rows", "n_features", "n_components"), [(3, 8, 2), (50, 2, 5)])

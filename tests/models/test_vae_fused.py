@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from skvi.models.vae import fused
 from skvi.models.vae.fused import ACTIVATIONS, ResidualProduct
 from skvi.models.vae.networks import ResidualMLP
 from skvi.runtime.random import make_generator
@@ -35,7 +36,7 @@ def test_value_and_gradient_are_those_of_the_formula(n_in, hidden, n_out, activa
     torch.testing.assert_close(network(x), plain, rtol=1e-12, atol=1e-12)
 
     def function(x, *parameters):
-        return ResidualProduct.apply(activation, torch.float64, x, *parameters)
+        return ResidualProduct.apply(activation, torch.float64, torch.float64, x, *parameters)
 
     parameters = [
         network.linear.weight,
@@ -78,3 +79,31 @@ def test_bfloat16_rounds_the_products_and_nothing_else(n_in, hidden, n_out, acti
         assert not torch.equal(one, one.bfloat16().float())
     with torch.no_grad():
         torch.testing.assert_close(network(x), exact)
+
+
+@pytest.mark.parametrize(("n_in", "hidden", "n_out"), [(50, (40,), 20), (20, (40, 30), 50)])
+def test_an_output_left_narrow_is_the_wide_one_before_its_last_step(n_in, hidden, n_out):
+    network, x = _network(n_in, hidden, n_out, "tanh", torch.float32)
+    network.product_dtype = torch.bfloat16
+    factor = torch.randn(6, n_out, generator=make_generator(1)).bfloat16()
+    wide = network(x)
+    expected = torch.autograd.grad((factor.float() * wide).sum(), list(network.parameters()))
+    network.narrow_output = True
+    narrow = network(x)
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(narrow.float(), wide)
+    actual = torch.autograd.grad(narrow, list(network.parameters()), factor)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
+    with torch.no_grad():
+        assert network(x).dtype == torch.float32
+
+
+def test_columns_add_up_in_parts_as_they_do_at_once(monkeypatch):
+    values = torch.randn(100, 7, generator=make_generator(0)).bfloat16()
+    monkeypatch.setattr(fused, "block_rows", lambda *_: 13)
+    expected = values.double().sum(0).float()
+    torch.testing.assert_close(fused._column_sums(values, torch.float32), expected)
+    wide = values.float()
+    assert torch.equal(fused._column_sums(wide, torch.float32), wide.sum(0))

@@ -9,9 +9,9 @@ import torch
 from scipy import stats
 
 from skvi.models.vae import objective
-from skvi.models.vae.likelihoods import LIKELIHOODS, Block, Marginals, build_likelihood
+from skvi.models.vae.likelihoods import LIKELIHOODS, Block, Marginals, build_likelihood, unit
 from skvi.models.vae.networks import Architecture, build
-from skvi.models.vae.start import TrainingRows, initialise
+from skvi.models.vae.start import TrainingRows, initialise, linear_posterior
 from skvi.runtime.random import make_generator, shared_noise
 
 Z_LIMIT = 5.0
@@ -169,6 +169,119 @@ def test_the_start_explains_the_columns_means(name, rng):
     with torch.no_grad():
         drawn = model.likelihood.sample(model.decoder(z), make_generator(2))
     assert torch.allclose(drawn.mean(0), x.mean(0), rtol=0.1, atol=0.1)
+
+
+def test_the_linearised_model_has_the_fisher_information_of_the_likelihood(name, likelihood, rng):
+    """Of the first column, by quadrature: its part of ``L' Psi^-1 L`` is ``w' I(f) w``."""
+    n_outputs = likelihood.n_outputs
+    bias, weight = _t(rng.normal(size=n_outputs)), _t(0.5 * rng.normal(size=(n_outputs, 2)))
+    n_levels = LEVELS[0] if name == "categorical" else 1
+    first = slice(n_levels)
+    if name == "gaussian_heteroscedastic":
+        weight[2:] = 0.0  # as the start has it: codes move the means alone
+    loadings, noise = likelihood.linearised(bias, weight)
+    assert loadings.shape == (likelihood.n_inputs, 2)
+    assert noise.shape == (likelihood.n_inputs,)
+
+    # counts are linearised where their mean over codes is
+    around = bias + 0.5 * weight.square().sum(-1) if name in COUNT else bias
+    x, share = _grid(name, likelihood, around[None])
+    columns = torch.stack([x, torch.zeros_like(x)], -1)
+    outputs = around.expand(len(x), -1).clone().requires_grad_()
+    log_prob = likelihood.cells(columns, outputs)[:, 0]
+    (score,) = torch.autograd.grad(log_prob.sum(), outputs)
+    density = (log_prob.exp() * share).detach()
+    information = weight[first].T @ ((score.T * density) @ score)[first, first] @ weight[first]
+    ours = loadings[first].T @ (loadings[first] / noise[first, None])
+    # the bends of outputs are not quite straight
+    torch.testing.assert_close(ours, information, rtol=1e-2, atol=1e-9)
+    if name in {"bernoulli", "categorical", "continuous_bernoulli"}:
+        # of these the model is linear in what the encoder reads: the score itself
+        features = likelihood.features(columns)[:, first]
+        centred = features - density @ features
+        projected = centred @ (loadings[first] / noise[first, None])
+        torch.testing.assert_close(projected, score[:, first] @ weight[first], rtol=1e-3, atol=1e-6)
+
+
+def test_the_start_knows_what_each_row_tells_about_its_code(name):
+    """Posteriors of the start beside the exact ones, by a grid over the one code.
+
+    Half of the columns are rare: there factor analysis sees the least noise, and the law has the
+    least to say.
+    """
+    n_columns, n_rows = 60, 400
+    rng = np.random.default_rng(0)
+    block = Block(name, tuple(range(n_columns)), (2,) * n_columns if name == "categorical" else ())
+    likelihood = block.build().double().requires_grad_(False)
+    mean, level = {
+        "bernoulli": ([1e-3, 0.4], 0.02),
+        "categorical": ([1e-3, 0.4], 0.02),
+        "continuous_bernoulli": ([0.1, 0.5], 0.02),
+        "poisson": ([0.02, 3.0], 0.2),
+        "negative_binomial": ([0.02, 3.0], 0.2),
+    }.get(name, ([0.0, 0.0], 0.2))
+    mean = _t(mean).repeat_interleave(n_columns // 2)
+    loadings = level * _t(rng.normal(size=(n_columns, 1)))
+    if name in {"bernoulli", "categorical"}:
+        loadings[: n_columns // 2] *= 0.05
+    noise, floor = torch.ones_like(mean), torch.full_like(mean, 1e-3)
+    known = Marginals(mean, mean + mean.square(), mean, loadings, noise, floor)
+    if name == "categorical":
+        known = known._replace(
+            feature_mean=torch.stack([mean, 1.0 - mean], 1).flatten(),
+            loadings=torch.stack([loadings, -loadings], 1).flatten(0, 1),
+        )
+    bias, weight = likelihood.start(known)
+    posterior = linear_posterior(*likelihood.linearised(bias, weight))
+    weight = weight @ posterior.rotation
+
+    z = torch.randn(n_rows, 1, generator=make_generator(1)).double()
+    x = likelihood.sample(bias + z @ weight.T, make_generator(2))
+    features = likelihood.features(x)
+    ours = (features - features.mean(0)) @ posterior.encoder.T
+    grid = torch.linspace(-5.0, 5.0, 401, dtype=torch.float64)[:, None]
+    log_joint = torch.stack([likelihood.log_prob(x, bias + v * weight[:, 0]) for v in grid])
+    share = (log_joint - 0.5 * grid.square()).softmax(0)  # (G, N)
+    exact = (share * grid).sum(0)
+    var = (share * (grid - exact).square()).sum(0).mean()
+    assert 0.7 < float(posterior.log_var.exp() / var) < 1.4
+    assert float((ours[:, 0] - exact).square().mean()) < 0.3 * float(var)
+
+
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (3, 7, 5), (2, 3, 7, 5), (3, 0, 5)])
+@pytest.mark.parametrize("n_cells", [1, 11, 35, 60, 1000])
+def test_blocks_of_cells_change_nothing(shape, n_cells, rng, monkeypatch):
+    monkeypatch.setattr(unit, "_CELLS_PER_BLOCK", n_cells)
+    likelihood = LIKELIHOODS["bernoulli"](5)
+    x = _t(rng.integers(0, 2, shape[-2:]))
+    f, factor = _t(rng.normal(size=shape)).requires_grad_(), _t(rng.normal(size=shape[:-1]))
+    value = likelihood.log_prob(x, f)
+    plain = likelihood.cells(x, f).sum(-1)
+    torch.testing.assert_close(value, plain)
+    for one, other in zip(
+        torch.autograd.grad((factor * value).sum(), f),
+        torch.autograd.grad((factor * plain).sum(), f),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+    # outputs that lack the rows, as those of one code for all of them
+    torch.testing.assert_close(
+        likelihood.log_prob(x, f[..., :1, :]) if len(shape) > 1 else value,
+        likelihood.cells(x, f[..., :1, :]).sum(-1) if len(shape) > 1 else plain,
+    )
+
+
+def test_outputs_of_few_digits_are_widened_before_anything_is_made_of_them(rng):
+    likelihood = LIKELIHOODS["bernoulli"](50)
+    x = _t(rng.integers(0, 2, (6, 50))).float()
+    narrow = (4.0 * torch.randn(3, 6, 50, generator=make_generator(0))).bfloat16().requires_grad_()
+    wide = narrow.detach().float().requires_grad_()
+    for function in (likelihood.log_prob, likelihood.cells):
+        one, other = function(x, narrow), function(x, wide)
+        assert torch.equal(one, other)
+        (slope,) = torch.autograd.grad(one.sum(), narrow)
+        (expected,) = torch.autograd.grad(other.sum(), wide)
+        assert torch.equal(slope, expected.bfloat16())
 
 
 def test_fixed_noise_has_no_parameter_and_is_the_floor():

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skvi.runtime.blocks import block_rows
+
 
 def _silu_slope(u: Tensor, h: Tensor, g: Tensor) -> Tensor:
     s = torch.sigmoid(u)
@@ -35,7 +37,7 @@ class ResidualProduct(torch.autograd.Function):
     below ``W_1`` where x is wider than y, and set beside C where it is not.
 
     The products read `dtype` and accumulate in float32 or better. What goes in and comes out, the
-    gradients included, has the dtype of the parameters.
+    gradients included, has the dtype of the parameters; y and its gradient have `out_dtype`.
     """
 
     @staticmethod
@@ -43,6 +45,7 @@ class ResidualProduct(torch.autograd.Function):
         ctx: Any,
         activation: str,
         dtype: torch.dtype,
+        out_dtype: torch.dtype,
         x: Tensor,
         A: Tensor,
         b: Tensor,
@@ -76,7 +79,8 @@ class ResidualProduct(torch.autograd.Function):
             h = torch.cat([h, x.to(dtype)], dim=1)  # (B, H_L + n_in)
         ctx.save_for_backward(h, last, *states, *matrices)
         ctx.activation, ctx.below, ctx.n_layers = activation, below, len(matrices)
-        return torch.addmm(linear, h, last.t()).to(x.dtype)
+        ctx.dtype = x.dtype
+        return torch.addmm(linear, h, last.t()).to(out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,8 +88,8 @@ class ResidualProduct(torch.autograd.Function):
         _, slope = ACTIVATIONS[ctx.activation]
         n, (h, last, *saved) = ctx.n_layers, ctx.saved_tensors
         states, matrices = saved[: 3 * n], saved[3 * n :]
-        dtype = grad.dtype
-        d_b = grad.sum(0)
+        dtype = ctx.dtype
+        d_b = _column_sums(grad, dtype)
         g = grad.to(last.dtype)
         d_last = g.t() @ h
         width = states[-1].shape[1]
@@ -100,19 +104,28 @@ class ResidualProduct(torch.autograd.Function):
             below_x = ctx.below and i == 0
             h_in, u, h_out = states[3 * i : 3 * i + 3]
             d_u = slope(u, h_out, d_h)
-            d_c = d_u.sum(0, dtype=dtype)
+            d_c = _column_sums(d_u, dtype)
             if below_x:
                 d_u = torch.cat([d_u, g], dim=1)  # (B, H_1 + n_out)
             d_W = (d_u.t() @ h_in).to(dtype)
             if below_x:
                 d_W, d_A = d_W.tensor_split([len(d_c)])
             d_layers = [d_W, d_c, *d_layers]
-            if i > 0 or ctx.needs_input_grad[2]:
+            if i > 0 or ctx.needs_input_grad[3]:
                 d_h = d_u @ matrices[i]
         gradients = (d_A, d_b, d_C, *d_layers)
-        if not ctx.needs_input_grad[2]:
-            return None, None, None, *gradients
-        return None, None, (d_h if d_x is None else d_h + d_x).to(dtype), *gradients
+        if not ctx.needs_input_grad[3]:
+            return None, None, None, None, *gradients
+        return None, None, None, (d_h if d_x is None else d_h + d_x).to(dtype), *gradients
+
+
+def _column_sums(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over rows in `dtype`, (B, n) -> (n,)."""
+    if values.dtype == dtype or values.device.type != "cpu":
+        return values.sum(0, dtype=dtype)
+    # The sum would be preceded by a copy of all values; those of a part stay in the cache.
+    parts = values.split(block_rows(values.shape[1], values.device))
+    return torch.stack([part.sum(0, dtype=dtype) for part in parts]).sum(0)
 
 
 def _joined(parts: tuple[Tensor, ...], dim: int, dtype: torch.dtype) -> Tensor:

@@ -93,9 +93,12 @@ class ResidualMLP(nn.Module):
     product_dtype : torch.dtype or None
         Of the matrix products while gradients are recorded; None: that of the parameters.
         Scores never record any, so that they always have the parameters' digits.
+    narrow_output : bool
+        Whether what such products end with is left in their dtype.
     """
 
     product_dtype: torch.dtype | None = None
+    narrow_output: bool = False
 
     def __init__(self, n_in: int, hidden: tuple[int, ...], n_out: int, activation: str) -> None:
         super().__init__()
@@ -117,6 +120,7 @@ class ResidualMLP(nn.Module):
             y = ResidualProduct.apply(
                 self.activation,
                 self.product_dtype,
+                self.product_dtype if self.narrow_output else x.dtype,
                 x.flatten(0, -2),
                 self.linear.weight,
                 self.linear.bias,
@@ -301,6 +305,9 @@ class VAE(nn.Module):
         for network in (self.encoder, self.decoder):
             if isinstance(network, ResidualMLP):
                 network.product_dtype = dtype
+        if isinstance(self.decoder, ResidualMLP):
+            # The widest array of a step, where it matters most how many bytes a number has.
+            self.decoder.narrow_output = self.likelihood.widens
 
     def curvature_weights(self) -> list[Tensor]:
         """Return the weights that make the networks non-linear; biases and linear maps are free.

@@ -1,4 +1,9 @@
-"""Where training starts: the best linear model, with an undisturbed correction network on top."""
+"""Where training starts: the best linear model, with an undisturbed correction network on top.
+
+Factor analysis of what the encoder reads gives the decoder its slopes. The encoder begins at the
+posterior that the likelihood has around ``z = 0``, not at that of factor analysis, whose noise is
+what its loadings leave of a column: next to nothing where a column is rare.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -111,22 +116,20 @@ class _Dense(NamedTuple):
         return self.x.square().sum(0)
 
 
-class LinearStart(NamedTuple):
-    """Factor analysis of centred rows, rotated so that the posterior covariance is diagonal.
+class LinearPosterior(NamedTuple):
+    """Posterior of the codes of a linear model, rotated so that its covariance is diagonal.
 
     Attributes
     ----------
-    loadings : Tensor of shape (D, k)
-    noise : Tensor of shape (D,)
-        Variances.
+    rotation : Tensor of shape (k, k)
+        The codes of the model are ``rotation @ z``.
     encoder : Tensor of shape (k, D)
         ``E[z|x] = encoder @ x``.
     log_var : Tensor of shape (k,)
         ``log Var[z|x]``.
     """
 
-    loadings: Tensor
-    noise: Tensor
+    rotation: Tensor
     encoder: Tensor
     log_var: Tensor
 
@@ -136,7 +139,7 @@ def factor_analysis(
     n_components: int,
     least_noise: Tensor,
     generator: torch.Generator,
-) -> LinearStart:
+) -> tuple[Tensor, Tensor]:
     r"""Fit ``x ~ N(0, W W' + diag(psi))`` by EM (Rubin & Thayer 1982).
 
     .. math::
@@ -156,7 +159,9 @@ def factor_analysis(
 
     Returns
     -------
-    LinearStart
+    loadings : Tensor of shape (D, k)
+    noise : Tensor of shape (D,)
+        Variances.
     """
     if isinstance(x, Tensor):
         if x.shape[0] > x.shape[1]:
@@ -179,13 +184,33 @@ def factor_analysis(
         second = eye - encoder @ loadings + z.T @ z  # (k, k)
         loadings = torch.linalg.solve(second, cross, left=False)
         noise = torch.maximum(variance - (loadings * cross).sum(-1), floor)
+    return loadings, noise
 
-    precision, rotation = torch.linalg.eigh(loadings.T @ (loadings / noise[:, None]))
-    loadings = loadings @ rotation.flip(-1)
-    precision = 1.0 + precision.flip(-1).clamp_min(0.0)  # (k,), the most informative first
-    return LinearStart(
-        loadings, noise, (loadings / noise[:, None]).T / precision[:, None], -precision.log()
-    )
+
+def linear_posterior(loadings: Tensor, noise: Tensor) -> LinearPosterior:
+    r"""Return ``p(z|x)`` of ``x ~ N(L z, diag(psi))`` and ``z ~ N(0, I)``.
+
+    .. math:: E[z|x] = (I + L' \Psi^{-1} L)^{-1} L' \Psi^{-1} x, \qquad
+        \mathrm{Cov}[z|x] = (I + L' \Psi^{-1} L)^{-1}
+
+    Parameters
+    ----------
+    loadings : Tensor of shape (D, k)
+        L.
+    noise : Tensor of shape (D,)
+        psi.
+
+    Returns
+    -------
+    LinearPosterior
+        The code of which most is known comes first.
+    """
+    scaled = loadings / noise[:, None]
+    precision, rotation = torch.linalg.eigh(loadings.T @ scaled)
+    rotation = rotation.flip(-1)
+    precision = 1.0 + precision.flip(-1).clamp_min(0.0)  # (k,)
+    encoder = (scaled @ rotation).T / precision[:, None]
+    return LinearPosterior(rotation, encoder, -precision.log())
 
 
 def _triangle(x: Tensor) -> Tensor:
@@ -220,23 +245,24 @@ def initialise(
     first = _First(model, rows, weight)
     mean, var, _ = _observed_moments(first.cells)
     shift, _, share = _observed_moments(first.features)
-    start = factor_analysis(
+    factors = factor_analysis(
         first.centred(shift, share),
         model.family.n_components,
         likelihood.least_noise(noise_floor),
         generator,
     )
-    known = Marginals(mean, var, shift, start.loadings, start.noise, noise_floor)
+    known = Marginals(mean, var, shift, *factors, noise_floor)
     with torch.no_grad():
         model.input_shift.copy_(shift)
         model.input_scale.copy_((_LARGEST_INPUT / _reach(model, rows)).clamp_max(1.0))
-        bias, loadings = likelihood.start(known)
+        bias, weight = likelihood.start(known)
+        posterior = linear_posterior(*likelihood.linearised(bias, weight))
         if isinstance(model.encoder, ResidualMLP):
-            _fill_encoder(model, model.encoder.linear, start)
+            _fill_encoder(model, model.encoder.linear, posterior)
             _fill_correction(model.encoder, generator)
         if isinstance(model.decoder, ResidualMLP):
             model.decoder.linear.bias.copy_(bias)
-            model.decoder.linear.weight.copy_(loadings)
+            model.decoder.linear.weight.copy_(weight @ posterior.rotation)
             _fill_correction(model.decoder, generator)
         model.family.initialise(generator)
         _start_prior(model, rows, generator)
@@ -323,12 +349,12 @@ def _reach(model: VAE, rows: TrainingRows) -> Tensor:
     return reach
 
 
-def _fill_encoder(model: VAE, linear: nn.Linear, start: LinearStart) -> None:
-    n_components = start.encoder.shape[0]
+def _fill_encoder(model: VAE, linear: nn.Linear, posterior: LinearPosterior) -> None:
+    n_components = len(posterior.encoder)
     linear.weight.zero_()
     linear.bias.zero_()
-    linear.weight[:n_components] = start.encoder / model.input_scale
-    linear.bias[n_components : 2 * n_components] = unbounded_log_var(start.log_var)
+    linear.weight[:n_components] = posterior.encoder / model.input_scale
+    linear.bias[n_components : 2 * n_components] = unbounded_log_var(posterior.log_var)
     model.family.start(linear)
 
 

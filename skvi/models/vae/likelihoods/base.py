@@ -42,6 +42,8 @@ class Likelihood(nn.Module):
         The values that x may take: a key of ``SUPPORTS`` in :mod:`skvi.estimators._columns`.
     standardised : bool
         Whether fitted units have zero mean and unit variance, or are those of the data.
+    widens : bool
+        Whether outputs with fewer digits than x are welcome in densities.
     outputs_per_feature : int
         Of the decoder; codes have one per level instead.
     n_features, n_inputs, n_outputs : int
@@ -50,6 +52,7 @@ class Likelihood(nn.Module):
 
     support: ClassVar[str]
     standardised: ClassVar[bool] = False
+    widens: ClassVar[bool] = False
     outputs_per_feature: ClassVar[int] = 1
 
     def __init__(self, n_features: int, n_inputs: int, n_outputs: int) -> None:
@@ -116,6 +119,27 @@ class Likelihood(nn.Module):
         """Set own parameters; return bias (n_outputs,) and weight (n_outputs, k) of the decoder."""
         raise NotImplementedError
 
+    def linearised(self, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the linear model that a decoder ``bias + weight z`` amounts to around ``z = 0``.
+
+        .. math:: \mathrm{features}(x) | z \approx N(c + L z, \mathrm{diag}(\psi)), \qquad
+            L = \frac{\partial E[\mathrm{features}(x) | z]}{\partial z}
+
+        with :math:`\psi` such that :math:`L' \Psi^{-1} L` is the Fisher information of x about z.
+        The posterior of that model is then one step of Fisher scoring from the prior's mean.
+
+        Parameters
+        ----------
+        bias : Tensor of shape (n_outputs,)
+        weight : Tensor of shape (n_outputs, k)
+
+        Returns
+        -------
+        loadings : Tensor of shape (n_inputs, k)
+        noise : Tensor of shape (n_inputs,)
+        """
+        raise NotImplementedError
+
     def learned(self) -> dict[str, Tensor]:
         """Return what the user may see of the parameters, each of shape (D,)."""
         return {}
@@ -124,6 +148,11 @@ class Likelihood(nn.Module):
 def bend(output: Tensor, largest: float) -> Tensor:
     """Map any number into ``(-largest, largest)``, smoothly, and almost to itself near zero."""
     return largest * torch.tanh(output / largest)
+
+
+def bend_slope(output: Tensor, largest: float) -> Tensor:
+    """Return the derivative of `bend`."""
+    return 1.0 - torch.tanh(output / largest).square()
 
 
 def unbend(bias: Tensor, weight: Tensor, largest: float) -> tuple[Tensor, Tensor]:

@@ -86,3 +86,15 @@ class Categorical(Likelihood):
         p = known.feature_mean.clamp_min(_SMALLEST_P)
         # First order around the shares: P(level) = p + p (f - mean of f).
         return p.log(), known.loadings / p.clamp_min(0.05)[:, None]
+
+    def linearised(self, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        # A common shift of a column's logits does nothing. Without their mean under p the
+        # information diag(p) - p p' is that of independent levels, since indicators add up to one.
+        p = self.statistics(bias)
+        means = [
+            (share @ logits).expand_as(logits)
+            for share, logits in zip(
+                p.split(self.n_levels), weight.split(self.n_levels), strict=True
+            )
+        ]
+        return p[:, None] * (weight - torch.cat(means)), p

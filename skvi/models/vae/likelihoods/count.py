@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from skvi.distributions import counts
-from skvi.models.vae.likelihoods.base import Likelihood, Marginals, bend, unbend
+from skvi.models.vae.likelihoods.base import Likelihood, Marginals, bend, bend_slope, unbend
 
 # Logarithms of means are bent smoothly into +-30: e^30 is far beyond any count that is accepted.
 _LARGEST_LOG_MEAN = 30.0
@@ -53,6 +53,15 @@ class Poisson(Likelihood):
         log_mean = known.mean.clamp_min(_SMALLEST_MEAN).log()
         log_mean = log_mean - 0.5 * known.loadings.square().sum(-1)
         return unbend(log_mean, known.loadings, _LARGEST_LOG_MEAN)
+
+    def linearised(self, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        # log(1 + x) to first order around the mean m: dm / (1 + m). Rates are skewed: the one at
+        # z = 0 is less than that of all z, which has the information of most rows.
+        loadings = bend_slope(bias, _LARGEST_LOG_MEAN)[:, None] * weight
+        output = bias + 0.5 * loadings.square().sum(-1)
+        mean = self.mean(output)
+        noise = self.variance(output).to(mean.dtype) / (1.0 + mean).square()
+        return (mean / (1.0 + mean))[:, None] * loadings, noise
 
 
 class NegativeBinomial(Poisson):

@@ -74,6 +74,9 @@ class Gaussian(Likelihood):
         self.set_noise(_residual_variance(known), known.floor)
         return known.mean, known.loadings
 
+    def linearised(self, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight, self.log_var().to(weight.dtype).exp()
+
     def learned(self) -> dict[str, Tensor]:
         return {
             "noise_std": (0.5 * self.log_var()).exp(),
@@ -151,6 +154,9 @@ class HeteroscedasticGaussian(Likelihood):
         bias = torch.cat([known.mean, excess.log()])
         return bias, torch.cat([known.loadings, torch.zeros_like(known.loadings)])
 
+    def linearised(self, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight[: self.n_features], self.variance(bias)
+
     def learned(self) -> dict[str, Tensor]:
         return {"noise_floor": (0.5 * self.log_floor).exp()}
 
@@ -204,6 +210,12 @@ class StudentT(Gaussian):
         # Fitted units are robust: the bulk is around zero, whatever the moments are.
         self.set_noise(torch.maximum(known.noise, known.floor), known.floor)
         return torch.zeros_like(known.mean), known.loadings
+
+    def linearised(self, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        # The information of a t about its location (Lange, Little & Taylor 1989, appendix B).
+        loadings, scale = super().linearised(bias, weight)
+        dof = self.dof().to(weight.dtype)
+        return loadings, scale * (dof + 3.0) / (dof + 1.0)
 
     def learned(self) -> dict[str, Tensor]:
         return {**super().learned(), "dof": self.dof()}

@@ -175,6 +175,12 @@ class Mixed(Likelihood):
         biases, weights = zip(*starts, strict=True)
         return torch.cat(biases), torch.cat(weights)
 
+    def linearised(self, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        sizes = [part.n_outputs for part in self._parts()]
+        outputs = zip(self._parts(), bias.split(sizes), weight.split(sizes), strict=True)
+        loadings, noise = zip(*(part.linearised(b, w) for part, b, w in outputs), strict=True)
+        return torch.cat(loadings), torch.cat(noise)
+
     def learned(self) -> dict[str, Tensor]:
         """Return what the parts show; NaN for columns that have no such parameter."""
         shown: dict[str, Tensor] = {}
