@@ -6,6 +6,7 @@ has ended is read back from there; delete its file to have it made again.
 
 import json
 import math
+import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,8 +31,11 @@ from skvi.runtime.random import shared_noise
 FITS: dict[str, dict[str, Any]] = {
     "elbo": {},
     "importance": {"n_importance": 50},
+    "importance-after": {"n_importance": 50},
     "vamp": {"prior": "vamp", "n_prior_components": 500},
 }
+# So much of the time such a fit has one draw a row; then a warm start goes on with more.
+FIRST_PART = {"importance-after": 0.4}
 LOOPS = {"loop": 1, "importance-loop": 50}
 LEVELS = (-110, -100, -95, -90, -88, -87, -86)
 N_DRAWS = 5000
@@ -51,23 +55,23 @@ def clock() -> float:
 @contextmanager
 def noted_epochs(note: Callable[[int, float, nn.Module], None]) -> Iterator[None]:
     """Call ``note(epoch, bound, network)`` after every epoch of the fits inside."""
-    announce, build = module.announce_epoch, module.build
+    announce, groups = module.announce_epoch, objective.parameter_groups
     networks: list[nn.Module] = []
 
     def noted(name: str, epoch: int, bound: float, *args: Any, **options: Any) -> None:
         note(epoch, bound, networks[-1])
 
-    def kept(*args: Any) -> nn.Module:
-        networks.append(build(*args))
-        return networks[-1]
+    def kept(network: nn.Module, *args: Any) -> Any:
+        networks.append(network)
+        return groups(network, *args)
 
-    module.announce_epoch, module.build = noted, kept
+    module.announce_epoch, objective.parameter_groups = noted, kept
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             yield
     finally:
-        module.announce_epoch, module.build = announce, build
+        module.announce_epoch, objective.parameter_groups = announce, groups
 
 
 class DynamicVAE(VAETransformer):
@@ -112,11 +116,12 @@ def watched_log_p(network: nn.Module, test: np.ndarray) -> float:
 
 
 def fit(name: str, minutes: float, grey: np.ndarray, test: np.ndarray) -> None:
-    """Train for `minutes`, the schedule made for as many epochs as fit in, and write the record."""
+    """Train for `minutes`, the schedules made for as many epochs as fit in; write the record."""
     path = path_of(name, minutes)
     X = binarised(grey, seed=1)
+    share = FIRST_PART.get(name, 0.0)
 
-    def estimator(n_epochs: int) -> DynamicVAE:
+    def estimator(n_epochs: int, checkpoint: Path | None, **changes: Any) -> DynamicVAE:
         vae = DynamicVAE(
             50,
             hidden_layer_sizes=(200, 200),
@@ -126,23 +131,29 @@ def fit(name: str, minutes: float, grey: np.ndarray, test: np.ndarray) -> None:
             n_mc=1,
             device="cpu",
             random_state=0,
-            checkpoint=path.with_suffix(".npz") if n_epochs > 2 else None,
-            **FITS[name],
+            checkpoint=checkpoint,
+            **FITS[name] | changes,
         )
         vae.grey = torch.from_numpy(grey)
         return vae
 
-    if not path.exists():
+    def epochs_in(seconds: float, **changes: Any) -> int:
         stamps = [clock()]
         with noted_epochs(lambda *_: stamps.append(clock())):
-            estimator(2).fit(X)
+            estimator(2, None, **changes).fit(X)
         # The first epoch of the trial has the start in it.
         start, epoch = np.diff(stamps)
-        n_epochs = max(3, round((60 * minutes - (start - epoch)) / epoch))
+        return max(3, round((seconds - (start - epoch)) / epoch))
+
+    if not path.exists():
+        n_epochs = [epochs_in(60 * minutes * (1 - share))]
+        if share:
+            n_epochs.insert(0, epochs_in(60 * minutes * share, n_importance=1))
         empty = {"n_epochs": n_epochs, "seconds": [], "bounds": [], "watched": []}
         path.write_text(json.dumps(empty))
     record = json.loads(path.read_text())
     since = clock() - (record["seconds"] or [0.0])[-1]
+    n_before = 0
 
     def note(epoch: int, bound: float, network: nn.Module) -> None:
         nonlocal since
@@ -152,16 +163,29 @@ def fit(name: str, minutes: float, grey: np.ndarray, test: np.ndarray) -> None:
             ("bounds", bound),
             ("watched", watched_log_p(network, test)),
         ):
-            record[key][epoch - 1 :] = [value]
+            record[key][n_before + epoch - 1 :] = [value]
         path.write_text(json.dumps(record))
         since += clock() - now
 
+    *first, last = record["n_epochs"]
+    checkpoint, halfway = path.with_suffix(".npz"), path.with_suffix(".pickle")
+    vae = estimator(last, checkpoint)
     with noted_epochs(note):
-        vae = estimator(record["n_epochs"]).fit(X)
+        if first:
+            if not halfway.exists():
+                begun = estimator(first[0], checkpoint, n_importance=1).fit(X)
+                state = begun.__getstate__()
+                del state["grey"]
+                halfway.write_bytes(pickle.dumps(state))
+            vae.__setstate__(pickle.loads(halfway.read_bytes()))
+            vae.set_params(max_iter=last, warm_start=True, **FITS[name])
+            n_before = first[0]
+        vae.fit(X)
     rows = test_rows(test, minutes)
     record["log p"] = float(vae.log_predictive(rows, n_importance=N_DRAWS).mean())
     record["test rows"] = len(rows)
     path.write_text(json.dumps(record))
+    halfway.unlink(missing_ok=True)
 
 
 def loop(name: str, minutes: list[float], grey: np.ndarray, test: np.ndarray) -> None:

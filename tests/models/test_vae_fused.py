@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from skvi.models.vae import fused
+from skvi.models.vae import fused, networks
 from skvi.models.vae.fused import ACTIVATIONS, ResidualProduct
 from skvi.models.vae.networks import ResidualMLP
 from skvi.runtime.random import make_generator
@@ -82,13 +82,17 @@ def test_bfloat16_rounds_the_products_and_nothing_else(n_in, hidden, n_out, acti
 
 
 @pytest.mark.parametrize(("n_in", "hidden", "n_out"), [(50, (40,), 20), (20, (40, 30), 50)])
-def test_an_output_left_narrow_is_the_wide_one_before_its_last_step(n_in, hidden, n_out):
+def test_an_output_left_narrow_is_the_wide_one_before_its_last_step(
+    n_in, hidden, n_out, monkeypatch
+):
     network, x = _network(n_in, hidden, n_out, "tanh", torch.float32)
     network.product_dtype = torch.bfloat16
     factor = torch.randn(6, n_out, generator=make_generator(1)).bfloat16()
     wide = network(x)
     expected = torch.autograd.grad((factor.float() * wide).sum(), list(network.parameters()))
     network.narrow_output = True
+    assert network(x).dtype == torch.float32  # six rows are nothing to save
+    monkeypatch.setattr(networks, "_LARGE", 6 * n_out)
     narrow = network(x)
     assert narrow.dtype == torch.bfloat16
     assert torch.equal(narrow.float(), wide)

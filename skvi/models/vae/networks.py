@@ -18,6 +18,10 @@ from skvi.models.vae.likelihoods import Block, Mixed, build_likelihood
 from skvi.models.vae.posteriors import POSTERIORS, Posterior
 from skvi.models.vae.priors import PRIORS, Law
 
+# Arrays of so many numbers are taken from the system at every step, page by page, and given back:
+# from 32 MB on C libraries keep no memory. With half of the bytes there are fewer of them.
+_LARGE = 1 << 23
+
 
 class Custom(NamedTuple):
     """A network of the user's.
@@ -94,7 +98,7 @@ class ResidualMLP(nn.Module):
         Of the matrix products while gradients are recorded; None: that of the parameters.
         Scores never record any, so that they always have the parameters' digits.
     narrow_output : bool
-        Whether what such products end with is left in their dtype.
+        Whether what such products end with is left in their dtype if it is large.
     """
 
     product_dtype: torch.dtype | None = None
@@ -117,11 +121,13 @@ class ResidualMLP(nn.Module):
         if self.correction is None:
             return self.linear(x)
         if self.product_dtype is not None and torch.is_grad_enabled():
+            rows = x.flatten(0, -2)
+            large = len(rows) * self.linear.out_features >= _LARGE
             y = ResidualProduct.apply(
                 self.activation,
                 self.product_dtype,
-                self.product_dtype if self.narrow_output else x.dtype,
-                x.flatten(0, -2),
+                self.product_dtype if self.narrow_output and large else x.dtype,
+                rows,
                 self.linear.weight,
                 self.linear.bias,
                 self.correction.weight,
@@ -306,7 +312,6 @@ class VAE(nn.Module):
             if isinstance(network, ResidualMLP):
                 network.product_dtype = dtype
         if isinstance(self.decoder, ResidualMLP):
-            # The widest array of a step, where it matters most how many bytes a number has.
             self.decoder.narrow_output = self.likelihood.widens
 
     def curvature_weights(self) -> list[Tensor]:

@@ -18,8 +18,8 @@ _SMALLEST_P = 1e-4
 # Logits of shares end here: the density of a column that is always 0 or 1 would grow for ever.
 _LARGEST_LOGIT = 300.0
 _BISECTIONS = 60
-# So many cells and what is made of them fit the second cache.
-_CELLS_PER_BLOCK = 100_000
+# So many cells and what is made of them fit the caches, and pay for the operations on a block.
+_CELLS_PER_BLOCK = 1 << 20
 
 
 class _LogProb(torch.autograd.Function):
@@ -50,7 +50,7 @@ class _LogProb(torch.autograd.Function):
         slope = f.new_empty(f.shape)
         for into, factor, cells, logits in _blocks(slope, grad[..., None], x, f):
             p = torch.sigmoid(logits.to(x.dtype))
-            into.copy_(torch.sub(cells, p, out=p).mul_(factor))
+            torch.mul(torch.sub(cells, p, out=p), factor, out=into)
         return None, slope
 
 
