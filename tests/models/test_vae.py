@@ -13,7 +13,7 @@ from skvi.distributions import normal
 from skvi.models.vae import objective, start
 from skvi.models.vae.likelihoods import Block
 from skvi.models.vae.networks import Architecture, build, export, restore
-from skvi.models.vae.posteriors import bounded_log_var, unbounded_log_var
+from skvi.models.vae.posteriors import Full, bounded_log_var, unbounded_log_var
 from skvi.models.vae.start import (
     CentredEntries,
     TrainingRows,
@@ -21,7 +21,7 @@ from skvi.models.vae.start import (
     initialise,
     linear_posterior,
 )
-from skvi.runtime.random import make_generator, shared_noise
+from skvi.runtime.random import make_generator, matched_noise, shared_noise
 
 # A two-sided normal deviate beyond 5 has probability 6e-7: the false-positive rate per check.
 Z_LIMIT = 5.0
@@ -319,6 +319,53 @@ def test_shared_noise_is_antithetic_seeded_and_private():
     assert torch.equal(torch.get_rng_state(), state)
     many = shared_noise(1 << 14, 3, 5)
     assert torch.allclose(many.T @ many / len(many), torch.eye(3).double(), atol=0.01)
+
+
+@pytest.mark.parametrize(("n_draws", "n_components"), [(2, 1), (6, 3), (33, 3), (64, 5)])
+def test_matched_noise_has_the_moments_of_the_law(n_draws, n_components):
+    noise = matched_noise(n_draws, n_components, 5)
+    assert noise.shape == (n_draws, n_components)
+    eye = torch.eye(n_components, dtype=torch.float64)
+    torch.testing.assert_close(noise.T @ noise / n_draws, eye)
+    if n_draws % 2 == 0:
+        torch.testing.assert_close(noise.mean(0), torch.zeros_like(noise[0]))
+    assert torch.equal(noise, matched_noise(n_draws, n_components, 5))
+    assert not torch.equal(noise, matched_noise(n_draws, n_components, 6))
+    # what is asked for is little of a change
+    many = shared_noise(1 << 12, n_components, 5)
+    torch.testing.assert_close(matched_noise(1 << 12, n_components, 5), many, atol=0.02, rtol=0.0)
+
+
+@pytest.mark.parametrize(("n_draws", "n_components"), [(1, 1), (1, 4), (8, 5), (7, 5)])
+def test_few_matched_draws_have_the_size_of_the_law(n_draws, n_components):
+    noise = matched_noise(n_draws, n_components, 5)
+    assert float(noise.square().mean()) == pytest.approx(1.0)
+    plain = shared_noise(n_draws, n_components, 5)
+    torch.testing.assert_close(noise / noise.norm(), plain / plain.norm())
+
+
+@pytest.mark.parametrize("family", ["diag", "full"])
+def test_two_matched_draws_a_code_give_the_exact_bound_of_a_linear_decoder(family, rng):
+    """``E_q log N(x | b + Wz, psi)`` has the closed form with ``tr(W' Psi^-1 W Cov)``."""
+    x = _x(rng, 5, 6)
+    model = _model(6, 3)
+    q = model.posterior(x)
+    if family == "full":
+        slope = torch.from_numpy(rng.normal(size=(5, 3, 3))).tril(-1)
+        q = Full(q.mean, q.log_var, slope)
+        root = q.log_var.mul(0.5).exp()[:, :, None] * (torch.eye(3) + slope)
+    else:
+        root = torch.diag_embed(q.log_var.mul(0.5).exp())
+    psi = model.likelihood.log_var().exp()
+    W = model.decoder.linear.weight
+    at_mean = model.likelihood.log_prob(x, model.decode(q.mean))
+    information = W.T @ (W / psi[:, None])
+    exact = at_mean - 0.5 * torch.einsum("bij,bkj,ik->b", root, root, information)
+    draws = q.draw(matched_noise(6, 3, 0)[:, None])
+    averaged = model.likelihood.log_prob(x, model.decode(draws)).mean(0)
+    torch.testing.assert_close(averaged, exact, rtol=1e-10, atol=1e-10)
+    noisy = model.likelihood.log_prob(x, model.decode(q.draw(_noise(6, 3)[:, None]))).mean(0)
+    assert not torch.allclose(noisy, exact, atol=1e-2)
 
 
 def test_log_variances_of_the_posterior_are_bounded_and_invertible():
