@@ -122,12 +122,12 @@ class _Model(NamedTuple):
         """Return the network on `device` in `dtype`; its values are copies."""
         return restore(self.architecture, self.weights, device, dtype)
 
-    def noise(self, n_draws: int, like: Tensor, *, unbiased: bool = False) -> Tensor:
+    def noise(self, n_draws: int, like: Tensor, *, matched: bool = True) -> Tensor:
         """Return the draws that all rows of all calls share, shape (S, k).
 
-        For averages their second moments are exact; importance weights need `unbiased` draws.
+        Averages are best over `matched` ones; of importance weights the mean must be right.
         """
-        make = shared_noise if unbiased else matched_noise
+        make = matched_noise if matched else shared_noise
         return make(n_draws, self.architecture.n_components, self.seed).to(like)
 
 
@@ -243,8 +243,8 @@ class VAETransformer(
         Patience of early stopping, in epochs. Without held-out rows: the window that decides
         `converged_`. None: a fifth of the epochs, at least 10.
     n_mc : int, default=32
-        Draws of z per row when scoring. Errors of scores fall by one or two orders of magnitude
-        where it reaches twice `n_components`.
+        Draws of z per row when scoring. From twice `n_components` on errors of scores are smaller
+        by orders of magnitude; see :meth:`score_samples`.
     precision : {"auto", "bfloat16", "float32", "float64"}, default="auto"
         Of the arithmetic of training. "bfloat16": the products of the hidden layers read numbers
         of 8 binary digits, while weights, optimiser, losses and the recorded bounds stay
@@ -323,9 +323,9 @@ class VAETransformer(
     encoder reads the column's mean in place of the others, and a row without any observed cell
     has the prior as its posterior and the score 0 (Mattei & Frellsen 2019). Under a "mixture" or
     "vamp" prior it has a normal law with the prior's mean and variances, and a score near 0.
-    With these priors, and with "flow", the KL is an average over the draws of the score and may
-    come out below zero for a row. Means and standard deviations of a flow's codes
-    are those of 256 fixed draws.
+    With these priors, and with "flow", the KL is an average over the draws of the score, and may
+    come out below zero for a row. Means and standard deviations of a flow's codes are those of 256
+    fixed draws.
     A scipy.sparse X gives what the same dense X gives. Every method that takes rows takes it, but
     `impute`, whose answer is dense; cells without an entry are zeros, entries may be NaN. Rows are
     made dense batch by batch whenever they are visited, so that memory grows with the entries and
@@ -1133,7 +1133,7 @@ class VAETransformer(
         X, device = self._checked(X, accept_sparse=False)
 
         def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor, ...]:
-            noise = self._model.noise(n_importance, x, unbiased=True)
+            noise = self._model.noise(n_importance, x, matched=False)
             return objective.predictive_moments(net, x, observed, noise, _DRAWS_PER_BLOCK)
 
         missing = np.isnan(X)
@@ -1300,7 +1300,7 @@ class VAETransformer(
         X, device = self._checked(X)
 
         def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor]:
-            noise = self._model.noise(n_importance, x, unbiased=True)
+            noise = self._model.noise(n_importance, x, matched=False)
             return (objective.log_predictive(net, x, observed, noise, _DRAWS_PER_BLOCK),)
 
         floats_per_row = min(n_importance, _DRAWS_PER_BLOCK) * self._floats_per_draw()

@@ -80,11 +80,11 @@ def matched_noise(n_draws: int, n_components: int, seed: int) -> Tensor:
 
     .. math:: z_s \leftarrow \Big(\tfrac1S \sum_t z_t z_t'\Big)^{-1/2} z_s
 
-    Averages of quadratic functions are then exact (of even S, whose first moments vanish), and
-    those of smooth functions nearly so: what is left is of fourth order. Where S/2 draws do not
-    span k dimensions only the trace is matched. The price is a bias of order 1/S for functions that
-    are not quadratic, far below the noise that goes. Not for importance weights, whose mean has to
-    be right.
+    after their mean has been taken off, which is not zero for odd S. Averages of quadratic
+    functions are then exact, and those of smooth functions nearly so: what is left is of fourth
+    order. Where S/2 draws do not span k dimensions only the trace is matched. The price is a bias
+    of order 1/S for functions that are not quadratic, far below the noise that goes. Not for
+    importance weights, whose mean has to be right.
     Source: Barraquand (1995), Numerical valuation of high dimensional multivariate European
     securities (quadratic resampling).
 
@@ -99,6 +99,8 @@ def matched_noise(n_draws: int, n_components: int, seed: int) -> Tensor:
         float64, on the CPU.
     """
     noise = shared_noise(n_draws, n_components, seed)
+    if n_draws > 1:
+        noise = noise - noise.mean(0)
     if (n_draws + 1) // 2 < n_components:
         return noise * noise.square().mean().rsqrt()
     moments, axes = torch.linalg.eigh(noise.T @ noise / n_draws)

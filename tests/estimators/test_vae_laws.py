@@ -140,6 +140,37 @@ def test_importance_weights_train_a_tighter_bound_and_leave_the_elbo_an_elbo(iri
     assert vae.validation_elbo_history_[-1] > vae.elbo_history_[-1]
 
 
+def test_averages_have_matched_draws_and_importance_weights_have_not(iris, monkeypatch):
+    made = []
+    for name in ("matched_noise", "shared_noise"):
+        make = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, name=name, make=make: made.append(name) or make(*args)
+        )
+
+    def kinds(function, *args, **kwargs):
+        made.clear()
+        function(*args, **kwargs)
+        return set(made)
+
+    vae = _fit(_short(max_iter=1), iris)
+    holed = iris.copy()
+    holed[0, 0] = np.nan
+    for function in (vae.score_samples, vae.elbo_terms, vae.score):
+        assert kinds(function, iris) == {"matched_noise"}
+    assert kinds(vae.score_samples, iris, refine=2) == {"matched_noise"}
+    assert kinds(vae.log_predictive, iris, 10) == {"shared_noise"}
+    assert kinds(vae.impute, holed, 10) == {"shared_noise"}
+    # of early stopping alone: `_publish` has scores of its own
+    monkeypatch.setattr(VAETransformer, "_publish", lambda *_: made.append("end"))
+    for n_importance, kind in ((1, "matched_noise"), (4, "shared_noise")):
+        vae = _short(n_importance=n_importance, early_stopping=True, max_iter=1)
+        made.clear()
+        with pytest.raises(AttributeError):  # nothing was published
+            _fit(vae, iris)
+        assert made[: made.index("end")] == [kind]
+
+
 def test_early_stopping_looks_at_the_bound_that_is_climbed(iris, monkeypatch):
     shapes = []
     mean_bound = module._mean_bound

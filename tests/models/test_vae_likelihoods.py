@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from skvi.models.vae import objective
+from skvi.models.vae import networks, objective, start
 from skvi.models.vae.likelihoods import LIKELIHOODS, Block, Marginals, build_likelihood, unit
 from skvi.models.vae.networks import Architecture, build
 from skvi.models.vae.start import TrainingRows, initialise, linear_posterior
@@ -195,12 +195,35 @@ def test_the_linearised_model_has_the_fisher_information_of_the_likelihood(name,
     ours = loadings[first].T @ (loadings[first] / noise[first, None])
     # the bends of outputs are not quite straight
     torch.testing.assert_close(ours, information, rtol=1e-2, atol=1e-9)
-    if name in {"bernoulli", "categorical", "continuous_bernoulli"}:
-        # of these the model is linear in what the encoder reads: the score itself
-        features = likelihood.features(columns)[:, first]
-        centred = features - density @ features
-        projected = centred @ (loadings[first] / noise[first, None])
-        torch.testing.assert_close(projected, score[:, first] @ weight[first], rtol=1e-3, atol=1e-6)
+    # d E[f(x) | z] / dz = E[f(x) score'] w; of counts, whose logarithm the encoder reads, to first
+    # order around the mean
+    features = likelihood.features(columns)[:, first]
+    if name in COUNT:
+        mean = likelihood.mean(around[None])[0, first]
+        features = columns[:, first] / (1.0 + mean)
+    slope = (features.T * density) @ score[:, first] @ weight[first]
+    torch.testing.assert_close(loadings[first], slope, rtol=1e-2, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [("poisson", 20.0), ("negative_binomial", 15.0), ("continuous_bernoulli", 150.0)],
+)
+def test_bent_outputs_tell_less_of_their_codes(name, output):
+    likelihood = LIKELIHOODS[name](1).double().requires_grad_(False)
+    for p in likelihood.parameters():
+        p.fill_(0.1)
+    bias, weight = _t([output]), _t([[1e-3]])
+    loadings, _ = likelihood.linearised(bias, weight)
+
+    def mean(z):
+        m = likelihood.mean(bias + weight @ z)
+        return (1.0 + m).log() if name in COUNT else m
+
+    slope = torch.autograd.functional.jacobian(mean, torch.zeros(1).double())
+    torch.testing.assert_close(loadings, slope, rtol=1e-5, atol=0.0)
+    straight = weight if name in COUNT else weight * likelihood.variance(bias)
+    assert float(loadings) < 0.9 * float(straight)
 
 
 def test_the_start_knows_what_each_row_tells_about_its_code(name):
@@ -271,6 +294,35 @@ def test_blocks_of_cells_change_nothing(shape, n_cells, rng, monkeypatch):
     )
 
 
+def test_blocks_are_as_large_as_they_may_be():
+    x, f = torch.zeros(256, 784), torch.zeros(50, 256, 784)
+    sizes = [logits.numel() for _, logits in unit._blocks(x, f)]
+    assert sum(sizes) == f.numel()
+    assert max(sizes) <= unit._CELLS_PER_BLOCK
+    assert min(sizes[:-1]) > unit._CELLS_PER_BLOCK // 2
+    wide = torch.zeros(3, 100, 100_000)
+    sizes = [logits.numel() for _, logits in unit._blocks(wide[0], wide)]
+    assert sum(sizes) == wide.numel()
+    assert unit._CELLS_PER_BLOCK // 2 < max(sizes) <= unit._CELLS_PER_BLOCK
+
+
+@pytest.mark.parametrize("blocks", [*sorted(LIKELIHOODS), MIXED], ids=str)
+def test_only_laws_that_widen_outputs_get_narrow_ones(blocks, rng, monkeypatch):
+    monkeypatch.setattr(networks, "_LARGE", 1)
+    x = _mixed_rows(rng, 20) if blocks is MIXED else _rows(blocks, rng, 20)
+    blocks = blocks if blocks is MIXED else (_block(blocks),)
+    model = _started(blocks, x, dtype=torch.float32)
+    model.set_product_dtype(torch.bfloat16)
+    narrow = blocks[0].name == "bernoulli"
+    z = torch.zeros(20, 2)
+    assert model.decode(z).dtype == (torch.bfloat16 if narrow else torch.float32)
+    weight, noise = torch.ones(20), torch.randn(20, 2, generator=make_generator(0))
+    loss, _ = objective.training_loss(model, x.float(), None, weight, noise, beta=1.0)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_outputs_of_few_digits_are_widened_before_anything_is_made_of_them(rng):
     likelihood = LIKELIHOODS["bernoulli"](50)
     x = _t(rng.integers(0, 2, (6, 50))).float()
@@ -282,6 +334,65 @@ def test_outputs_of_few_digits_are_widened_before_anything_is_made_of_them(rng):
         (slope,) = torch.autograd.grad(one.sum(), narrow)
         (expected,) = torch.autograd.grad(other.sum(), wide)
         assert torch.equal(slope, expected.bfloat16())
+
+
+@pytest.mark.parametrize("blocks", [*sorted(LIKELIHOODS), MIXED], ids=str)
+def test_the_encoder_starts_at_the_posterior_of_the_linearised_decoder(blocks, rng, monkeypatch):
+    """With the noise of factor analysis where that is larger."""
+    x = _mixed_rows(rng, 80) if blocks is MIXED else _rows(blocks, rng, 80)
+    if blocks in COUNT:
+        x[:, 1] *= torch.arange(80)  # varies far more than a count may
+    found = []
+    plain = start.factor_analysis
+
+    def watched(*args):
+        found.append(plain(*args))
+        return found[0]
+
+    monkeypatch.setattr(start, "factor_analysis", watched)
+    model = _started(blocks if blocks is MIXED else (_block(blocks),), x).requires_grad_(False)
+    ((_, seen_noise),) = found
+    decoder = model.decoder.linear
+    loadings, noise = model.likelihood.linearised(decoder.bias, decoder.weight)
+    if blocks in COUNT:
+        assert (seen_noise > 2.0 * noise).any()
+    scaled = loadings / torch.maximum(noise, seen_noise)[:, None]
+    cov = torch.linalg.inv(torch.eye(2) + loadings.T @ scaled)
+    q = model.posterior(x)
+    torch.testing.assert_close(cov, torch.diag(q.log_var[0].exp()), rtol=1e-4, atol=1e-8)
+    features = model.likelihood.features(x)
+    expected = (features - model.input_shift) @ scaled @ cov
+    torch.testing.assert_close(q.mean, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mixed_table_is_linearised_part_by_part(rng):
+    mixed = _started(MIXED, _mixed_rows(rng, 50)).likelihood.requires_grad_(False)
+    bias, weight = _t(rng.normal(size=mixed.n_outputs)), _t(rng.normal(size=(mixed.n_outputs, 2)))
+    loadings, noise = mixed.linearised(bias, weight)
+    at, out = 0, 0
+    for part in mixed.parts:
+        own = slice(out, out + part.n_outputs)
+        one, other = part.linearised(bias[own], weight[own])
+        assert torch.equal(loadings[at : at + part.n_inputs], one)
+        assert torch.equal(noise[at : at + part.n_inputs], other)
+        at, out = at + part.n_inputs, out + part.n_outputs
+    assert (at, out) == (len(noise), mixed.n_outputs)
+
+
+def test_a_count_that_varies_more_than_it_may_does_not_carry_the_others_away():
+    rng = np.random.default_rng(0)
+    z, W = rng.normal(size=(400, 2)), rng.normal(size=(2, 8))
+    x = _t(rng.poisson(3.0 * np.exp(0.5 * z @ W)))
+    x[:, 0] = _t(rng.poisson(1e3 * np.exp(rng.normal(size=400))))
+    blocks = (Block("poisson", tuple(range(8))),)
+    bounds = {}
+    for n_columns in (8, 7):
+        rows = x[:, -n_columns:]
+        blocks = (Block("poisson", tuple(range(n_columns))),)
+        model = _started(blocks, rows).requires_grad_(False)
+        codes = model.posterior(rows).mean
+        bounds[n_columns] = model.likelihood.cells(rows, model.decode(codes))[:, -7:].sum(-1).mean()
+    assert float(bounds[8]) > float(bounds[7]) - 10.0
 
 
 def test_fixed_noise_has_no_parameter_and_is_the_floor():

@@ -46,7 +46,8 @@ def elbo_terms(
     Kingma & Welling (2014), arXiv:1312.6114, equation 10 and appendix B; Rezende et al. (2014).
     For normal posteriors and a normal or uniform prior only the reconstruction is an average over
     draws; KL, ``E_q log p(z)`` and entropy are exact. Else ``E_q log p(z)`` is averaged over the
-    same draws, and for flows the entropy too; a KL may then be below zero.
+    same draws, and for flows the entropy too: as good as these draws are, so that a KL may be below
+    zero.
 
     Parameters
     ----------

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from skvi.distributions import normal
 from skvi.models.vae.posteriors import Diagonal, Posterior, bounded_log_var, unbounded_log_var
 from skvi.runtime.blocks import block_rows
-from skvi.runtime.random import shared_noise
+from skvi.runtime.random import matched_noise
 
 # Of the box: a uniform law on (-b, b) then has unit variance, like the standard normal.
 HALF_WIDTH = math.sqrt(3.0)
@@ -111,7 +111,7 @@ def _draws(q: Posterior) -> Tensor:
 @functools.cache  # for recorded steps, which may not make it anew and do not keep it alive
 @torch.inference_mode(False)
 def _moment_noise(n_components: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return shared_noise(_MOMENT_DRAWS, n_components, _MOMENT_SEED).to(device, dtype)
+    return matched_noise(_MOMENT_DRAWS, n_components, _MOMENT_SEED).to(device, dtype)
 
 
 def _moments_of_draws(draws: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """Where training starts: the best linear model, with an undisturbed correction network on top.
 
 Factor analysis of what the encoder reads gives the decoder its slopes. The encoder begins at the
-posterior that the likelihood has around ``z = 0``, not at that of factor analysis, whose noise is
-what its loadings leave of a column: next to nothing where a column is rare.
+posterior of the likelihood, linearised, not at that of factor analysis, whose noise is what its
+loadings leave of a column: next to nothing where a column is rare. Where they leave more than the
+likelihood has noise for, as of counts that vary more than theirs may, that is what the rows show.
 """
 
 import math
@@ -245,18 +246,19 @@ def initialise(
     first = _First(model, rows, weight)
     mean, var, _ = _observed_moments(first.cells)
     shift, _, share = _observed_moments(first.features)
-    factors = factor_analysis(
+    factors, noise = factor_analysis(
         first.centred(shift, share),
         model.family.n_components,
         likelihood.least_noise(noise_floor),
         generator,
     )
-    known = Marginals(mean, var, shift, *factors, noise_floor)
+    known = Marginals(mean, var, shift, factors, noise, noise_floor)
     with torch.no_grad():
         model.input_shift.copy_(shift)
         model.input_scale.copy_((_LARGEST_INPUT / _reach(model, rows)).clamp_max(1.0))
         bias, weight = likelihood.start(known)
-        posterior = linear_posterior(*likelihood.linearised(bias, weight))
+        loadings, own_noise = likelihood.linearised(bias, weight)
+        posterior = linear_posterior(loadings, torch.maximum(own_noise, noise))
         if isinstance(model.encoder, ResidualMLP):
             _fill_encoder(model, model.encoder.linear, posterior)
             _fill_correction(model.encoder, generator)

@@ -120,13 +120,15 @@ class Likelihood(nn.Module):
         raise NotImplementedError
 
     def linearised(self, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return the linear model that a decoder ``bias + weight z`` amounts to around ``z = 0``.
+        r"""Return the linear model that a decoder ``bias + weight z`` amounts to near the prior.
 
         .. math:: \mathrm{features}(x) | z \approx N(c + L z, \mathrm{diag}(\psi)), \qquad
             L = \frac{\partial E[\mathrm{features}(x) | z]}{\partial z}
 
-        with :math:`\psi` such that :math:`L' \Psi^{-1} L` is the Fisher information of x about z.
-        The posterior of that model is then one step of Fisher scoring from the prior's mean.
+        with :math:`\psi` such that :math:`L' \Psi^{-1} L` is the Fisher information of x about z at
+        ``z = 0``, of counts where their mean over codes is. Where the score of z is linear in the
+        features (normal, binary and share columns, codes), the posterior of that model is one step
+        of Fisher scoring from the prior's mean; for other columns it is that to first order.
 
         Parameters
         ----------

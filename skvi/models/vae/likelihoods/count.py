@@ -60,7 +60,7 @@ class Poisson(Likelihood):
         loadings = bend_slope(bias, _LARGEST_LOG_MEAN)[:, None] * weight
         output = bias + 0.5 * loadings.square().sum(-1)
         mean = self.mean(output)
-        noise = self.variance(output).to(mean.dtype) / (1.0 + mean).square()
+        noise = self.variance(output) / (1.0 + mean).square()
         return (mean / (1.0 + mean))[:, None] * loadings, noise
 
 

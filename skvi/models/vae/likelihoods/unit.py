@@ -55,12 +55,12 @@ class _LogProb(torch.autograd.Function):
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors into the same parts: those of rows that fit a cache, or of all where none helps.
+    """Cut tensors into the same parts that fit the caches; into one where there is no need to.
 
     The last one has the shape (..., B, D), to which the others extend but for their last dimension.
     """
     shape = tensors[-1].shape
-    if tensors[-1].device.type != "cpu" or len(shape) < 2 or 0 in shape:
+    if tensors[-1].device.type != "cpu" or shape.numel() <= _CELLS_PER_BLOCK or len(shape) < 2:
         yield tensors
         return
     *_, n_rows, width = shape
