@@ -128,7 +128,9 @@ class Likelihood(nn.Module):
         with :math:`\psi` such that :math:`L' \Psi^{-1} L` is the Fisher information of x about z at
         ``z = 0``, of counts where their mean over codes is. Where the score of z is linear in the
         features (normal, binary and share columns, codes), the posterior of that model is one step
-        of Fisher scoring from the prior's mean; for other columns it is that to first order.
+        of Fisher scoring from the prior's mean; for other columns it is that to first order. Of
+        variances that are learned :math:`\psi` is the least that they may be: factor analysis knows
+        what the rows leave of them.
 
         Parameters
         ----------

@@ -75,8 +75,7 @@ class Gaussian(Likelihood):
         return known.mean, known.loadings
 
     def linearised(self, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        # in the digits of the start before the exponential, which loses some
-        return weight, self.log_var().to(weight.dtype).exp()
+        return weight, self.log_floor.to(weight.dtype).exp()
 
     def learned(self) -> dict[str, Tensor]:
         return {
@@ -157,7 +156,7 @@ class HeteroscedasticGaussian(Likelihood):
 
     def linearised(self, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         # At the start codes move no variance: what that would tell of them is left out.
-        return weight[: self.n_features], self.variance(bias)
+        return weight[: self.n_features], self.log_floor.to(weight.dtype).exp()
 
     def learned(self) -> dict[str, Tensor]:
         return {"noise_floor": (0.5 * self.log_floor).exp()}
@@ -214,7 +213,7 @@ class StudentT(Gaussian):
         return torch.zeros_like(known.mean), known.loadings
 
     def linearised(self, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        loadings, scale = super().linearised(bias, weight)
+        scale = self.log_var().to(weight.dtype).exp()
         dof = self.dof().to(weight.dtype)
         # d E[asinh(x)] / df = E[(1 + x^2)^-1/2]; with sinh(v) for the deviation the trapezium rule
         # is exact to many digits, whatever the tails.
@@ -225,7 +224,7 @@ class StudentT(Gaussian):
         slope = (density * v.cosh() * (1.0 + x.square()).rsqrt()).sum(-1) * (v[1] - v[0])
         # The information of a t about its location (Lange, Little & Taylor 1989, appendix B).
         noise = scale * (dof + 3.0) / (dof + 1.0)
-        return slope[:, None] * loadings, slope.square() * noise
+        return slope[:, None] * weight, slope.square() * noise
 
     def learned(self) -> dict[str, Tensor]:
         return {**super().learned(), "dof": self.dof()}
