@@ -31,11 +31,11 @@ from skvi.runtime.random import make_generator
 FITS: dict[str, dict[str, Any]] = {
     "elbo": {},
     "importance": {"n_importance": 50},
-    "importance-after": {"n_importance": 50},
+    "importance-after": {"n_importance": 50, "learning_rate_init": 0.003},
     "vamp": {"prior": "vamp", "n_prior_components": 500},
 }
-# So much of the time such a fit has one draw a row; then a warm start goes on with more.
-FIRST_PART = {"importance-after": 0.4}
+# So much of the time such a fit has these parameters; then a warm start goes on with its own.
+FIRST_PART = {"importance-after": (0.4, {"n_importance": 1, "learning_rate_init": 0.006})}
 LOOPS = {"loop": 1, "importance-loop": 50}
 LEVELS = (-110, -100, -95, -90, -88, -87, -86)
 N_DRAWS = 5000
@@ -123,7 +123,7 @@ def fit(name: str, minutes: float, grey: np.ndarray, test: np.ndarray) -> None:
     """
     path = path_of(name, minutes)
     X = binarised(grey, seed=1)
-    share = FIRST_PART.get(name, 0.0)
+    share, begin = FIRST_PART.get(name, (0.0, {}))
 
     def estimator(n_epochs: int, checkpoint: Path | None, **changes: Any) -> DynamicVAE:
         vae = DynamicVAE(
@@ -152,7 +152,7 @@ def fit(name: str, minutes: float, grey: np.ndarray, test: np.ndarray) -> None:
     if not path.exists():
         n_epochs = [epochs_in(60 * minutes * (1 - share))]
         if share:
-            n_epochs.insert(0, epochs_in(60 * minutes * share, n_importance=1))
+            n_epochs.insert(0, epochs_in(60 * minutes * share, **begin))
         empty = {"n_epochs": n_epochs, "seconds": [], "bounds": [], "watched": []}
         path.write_text(json.dumps(empty))
     record = json.loads(path.read_text())
@@ -177,7 +177,7 @@ def fit(name: str, minutes: float, grey: np.ndarray, test: np.ndarray) -> None:
     with noted_epochs(note):
         if first:
             if not halfway.exists():
-                begun = estimator(first[0], checkpoint, n_importance=1).fit(X)
+                begun = estimator(first[0], checkpoint, **begin).fit(X)
                 state = begun.__getstate__()
                 del state["grey"]
                 written = halfway.with_suffix(".part")
