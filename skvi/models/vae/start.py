@@ -256,15 +256,15 @@ def initialise(
     with torch.no_grad():
         model.input_shift.copy_(shift)
         model.input_scale.copy_((_LARGEST_INPUT / _reach(model, rows)).clamp_max(1.0))
-        bias, weight = likelihood.start(known)
-        loadings, own_noise = likelihood.linearised(bias, weight)
+        bias, slopes = likelihood.start(known)
+        loadings, own_noise = likelihood.linearised(bias, slopes)
         posterior = linear_posterior(loadings, torch.maximum(own_noise, noise))
         if isinstance(model.encoder, ResidualMLP):
             _fill_encoder(model, model.encoder.linear, posterior)
             _fill_correction(model.encoder, generator)
         if isinstance(model.decoder, ResidualMLP):
             model.decoder.linear.bias.copy_(bias)
-            model.decoder.linear.weight.copy_(weight @ posterior.rotation)
+            model.decoder.linear.weight.copy_(slopes @ posterior.rotation)
             _fill_correction(model.decoder, generator)
         model.family.initialise(generator)
         _start_prior(model, rows, generator)
