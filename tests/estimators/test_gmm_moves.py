@@ -288,6 +288,21 @@ def test_integer_weights_equal_repeated_rows_with_moves(covariance_type, law):
     assert weighted.n_iter_ > plain.n_iter_
 
 
+@pytest.mark.parametrize("algorithm", ["cavi", "memoized"])
+def test_the_order_of_few_rows_in_many_dimensions_does_not_matter(algorithm):
+    """Rows no more than directions are all alike: what tells them apart must not be rounding."""
+    X = np.random.RandomState(42).rand(15, 30)  # of scikit-learn's check of weights
+    weight = np.array([3, 3, 4, 0, 0, 2, 4, 3, 0, 3, 0, 0, 0, 4, 1])
+    params = {"algorithm": algorithm, "batch_size": 10, "n_components": 10}
+    first = _fit(X, sample_weight=weight, **params)
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        order = rng.permutation(15)
+        near = X[order] * (1.0 + 1e-15 * rng.normal(size=X.shape))
+        second = _fit(near, sample_weight=weight[order], **params)
+        assert_allclose(second.predict_proba(X), first.predict_proba(X), rtol=1e-6, atol=1e-9)
+
+
 def test_same_seed_same_bits():
     X, _ = _planted()
     first, second = _fit(X, init_params="random"), _fit(X, init_params="random")

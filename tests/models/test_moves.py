@@ -732,8 +732,21 @@ def test_halves_are_the_clusters_in_any_units(sizes):
     weighted = moves.halves(_t(X), _t(weight), metric)
     repeated = moves.halves(_t(np.repeat(X, weight, axis=0)), _t(np.ones(weight.sum())), metric)
     for one, two in zip(weighted, repeated, strict=True):
-        expected = np.repeat(one.numpy(), weight)
-        assert (two.numpy() == expected).all() or (two.numpy() != expected).all()
+        assert (two.numpy() == np.repeat(one.numpy(), weight)).all()
+
+
+def test_halves_of_rows_that_are_all_alike_do_not_depend_on_rounding():
+    """Each of seven rows in nine dimensions is as extreme as any other of its weight."""
+    rng = np.random.default_rng(0)
+    X, weight, metric = rng.normal(size=(7, 9)), np.array([3.0, 3, 3, 4, 4, 4, 4]), np.eye(9)
+    expected = [mask.numpy() for mask in moves.halves(_t(X), _t(weight), _t(metric))]
+    assert all(0 < mask.sum() < 7 for mask in expected)
+    for _ in range(20):
+        order = rng.permutation(7)
+        near = X[order] * (1.0 + 1e-15 * rng.normal(size=X.shape))
+        found = moves.halves(_t(near), _t(weight[order]), _t(metric))
+        for one, two in zip(expected, found, strict=True):
+            np.testing.assert_array_equal(one[order], two.numpy())
 
 
 def test_moves_on_the_same_components_are_not_combined():

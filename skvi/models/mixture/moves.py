@@ -72,6 +72,8 @@ _N_NEIGHBOURS = 10
 _SPLIT_PASSES = 15
 _SPLIT_TOL = 1e-3
 _CUT_PASSES = 10
+# Relative differences below this may be rounding: see docs/decisions/0003.
+_ROUNDING = 1e-9
 # What is predicted of a deletion leaves out that the neighbours adapt to the rows they get, and of
 # many merges that all adapt: the best are tried though they look worse by this many nats.
 _SLACK = 20.0
@@ -589,18 +591,34 @@ def halves(x: Tensor, weight: Tensor, metric: Tensor) -> Iterator[Tensor]:
     if not bool(used.any()):
         return
     unit = inv_chol(torch.linalg.cholesky(metric))
-    widest = torch.linalg.eigh(unit @ covariance @ unit.mT)[1][:, -1]
+    towards = torch.from_numpy(np.random.default_rng(0).standard_normal(x.shape[-1]))
+    _, widest = _extreme_directions(unit @ covariance @ unit.mT, towards)
     yield _cut(diff @ (unit.mT @ widest), weight)
-    z = diff @ (axes[:, used] / spread[used].sqrt())  # (B, <= D)
+    whitener = axes[:, used] / spread[used].sqrt()  # (D, <= D)
+    z = diff @ whitener
     fourth = (weight * z.square().sum(-1))[:, None] * z
-    directions = torch.linalg.eigh(fourth.T @ z)[1]
-    yield _cut(z @ directions[:, 0], weight)
-    yield _cut(z @ directions[:, -1], weight)
+    for direction in _extreme_directions(fourth.T @ z, whitener.T @ towards):
+        yield _cut(z @ direction, weight)
+
+
+def _extreme_directions(matrix: Tensor, towards: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors (D,) of the least and the largest eigenvalue of a symmetric matrix (D, D).
+
+    Signs, and the basis where several eigenvalues are the same, are a matter of rounding. So it
+    is the projection of `towards` (D,) on the eigenspace.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    same = _ROUNDING * values.abs().max()
+    least = vectors[:, values <= values[0] + same]
+    largest = vectors[:, values >= values[-1] - same]
+    return least @ (least.T @ towards), largest @ (largest.T @ towards)
 
 
 def _cut(along: Tensor, weight: Tensor) -> Tensor:
     """Two means on a line: whether each row (B,) belongs to the higher one."""
     total = weight.sum()
+    # Rows on the cut are found on the same side whatever their rounding.
+    along = along - _ROUNDING * along.abs().max()
     cut = torch.zeros((), dtype=torch.float64)
     for _ in range(_CUT_PASSES):
         high = along > cut
