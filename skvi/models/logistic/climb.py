@@ -32,9 +32,9 @@ _LOG_LIMIT = 300.0
 _SMALLEST_TILT = 1e-12
 # Longest extrapolation, in steps of coordinate ascent.
 _LONGEST_STEP = 256.0
-# Logarithms of extrapolated precisions and tilts are multiples of this. An extrapolation multiplies
-# the rounding of sums over rows, which depends on their order, and the next one that of the last:
-# 1e-15 became 1e-6 in thirty passes. The nearest multiple is the same for all orders.
+# Extrapolations move the logarithms of precisions and tilts by multiples of this. They multiply the
+# rounding of sums over rows, which depends on their order, and the next one that of the last: 1e-15
+# became 1e-6 in thirty passes. The nearest multiple is the same for all orders.
 _GRID = 2.0**-20
 # What belongs to rows and models, (N, M); the other fields of a state have the models first.
 _FIELDS_OF_ROWS = {"tilt", "odds_mean", "odds_variance"}
@@ -225,11 +225,11 @@ def _extrapolate(design: Design, origin: _Point, first: _Point, second: _Point) 
         return torch.stack(squares).sum(0).sqrt()
 
     reach = (length(steps) / length(turns)).nan_to_num(nan=1.0).clamp(1.0, _LONGEST_STEP)[:, None]
-    logarithms = (
-        (a + 2.0 * reach * r + reach.square() * v).clamp(-_LOG_LIMIT, _LOG_LIMIT)
-        for a, r, v in zip(logs(origin), steps, turns, strict=True)
+    ways = [2.0 * reach * r + reach.square() * v for r, v in zip(steps, turns, strict=True)]
+    alpha, scale, tilt = (
+        (a + _GRID * (way / _GRID).round()).clamp(-_LOG_LIMIT, _LOG_LIMIT).exp()
+        for a, way in zip(logs(origin), ways, strict=True)
     )
-    alpha, scale, tilt = ((_GRID * (far / _GRID).round()).exp() for far in logarithms)
     return _Point(alpha, scale[:, 0], tilt.T.contiguous())
 
 
