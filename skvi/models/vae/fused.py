@@ -55,14 +55,16 @@ class ResidualProduct(torch.autograd.Function):
         """Map x, (B, n_in), to y, (B, n_out); `layers` are W_1, c_1, W_2, c_2, ..."""
         function, _ = ACTIVATIONS[activation]
         below = A.shape[1] >= A.shape[0]
-        matrices = [W.to(dtype) for W in layers[::2]]
-        offsets = [c.to(dtype) for c in layers[1::2]]
-        last = C.to(dtype)
+        # Every matrix is converted once.
         if below:
-            matrices[0] = _joined((layers[0], A), 0, dtype)  # (H_1 + n_out, n_in)
-            offsets[0] = _joined((layers[1], b), 0, dtype)
+            first = _joined((layers[0], A), 0, dtype)  # (H_1 + n_out, n_in)
+            offset = _joined((layers[1], b), 0, dtype)
+            last = C.to(dtype)
         else:
+            first, offset = layers[0].to(dtype), layers[1].to(dtype)
             last = _joined((C, A), 1, dtype)  # (n_out, H_L + n_in)
+        matrices = [first, *(W.to(dtype) for W in layers[2::2])]
+        offsets = [offset, *(c.to(dtype) for c in layers[3::2])]
 
         h, linear = x.to(dtype), b.to(dtype)
         states: list[
