@@ -44,10 +44,10 @@ class PlainVAE(nn.Module):
         return fit + 0.5 * (log_var + noise.square() - z.square()).sum(-1)
 
     @torch.no_grad()
-    def log_predictive(self, x: Tensor, n_importance: int) -> float:
-        """Importance-weighted ``log p(x)``, the mean over rows."""
+    def log_predictive(self, x: Tensor, n_importance: int) -> np.ndarray:
+        """Importance-weighted ``log p(x)`` of every row."""
         # Numbers, not tensors: those would keep the large ones before them from being given back.
-        return float(np.mean([float(self.bound(row[None], n_importance)) for row in x]))
+        return np.array([float(self.bound(row[None], n_importance)) for row in x])
 
 
 def plain_epoch(

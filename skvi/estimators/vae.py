@@ -643,7 +643,9 @@ class VAETransformer(
             net = build(architecture, device, dtype)
             noise_floor = torch.from_numpy(floor).to(device)
             training = start.TrainingRows(len(rows), lambda i: cells(rows[i]), device, zero)
-            start.initialise(net, training, w[rows], noise_floor, generator)
+            start.initialise(
+                net, training, w[rows], noise_floor, generator, one_draw=n_importance == 1
+            )
         else:
             net = model.on(device, dtype)
         w = w.to(dtype)

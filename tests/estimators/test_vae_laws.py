@@ -171,6 +171,20 @@ def test_averages_have_matched_draws_and_importance_weights_have_not(iris, monke
         assert made[: made.index("end")] == [kind]
 
 
+def test_posteriors_start_narrow_for_one_draw_only(iris, monkeypatch):
+    narrow = []
+    initialise = module.start.initialise
+
+    def record(*args, one_draw):
+        narrow.append(one_draw)
+        initialise(*args, one_draw=one_draw)
+
+    monkeypatch.setattr(module.start, "initialise", record)
+    for n_importance in (1, 2):
+        _fit(_short(n_importance=n_importance, max_iter=1), iris)
+    assert narrow == [True, False]
+
+
 def test_early_stopping_looks_at_the_bound_that_is_climbed(iris, monkeypatch):
     shapes = []
     mean_bound = module._mean_bound

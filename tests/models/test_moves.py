@@ -749,6 +749,27 @@ def test_halves_of_rows_that_are_all_alike_do_not_depend_on_rounding():
             np.testing.assert_array_equal(one[order], two.numpy())
 
 
+def test_rows_on_a_cut_are_on_one_side_whatever_their_rounding():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        x, weight = rng.integers(0, 8, size=7).astype(float), rng.integers(1, 4, size=7)
+        along = x - weight @ x / weight.sum()
+        if not along.any():
+            continue
+        expected = moves._cut(_t(along), _t(weight)).numpy()
+        for order in (rng.permutation(7) for _ in range(5)):
+            near = along[order] * (1.0 + 1e-15 * rng.normal(size=7))
+            found = moves._cut(_t(near), _t(weight[order])).numpy()
+            np.testing.assert_array_equal(found, expected[order])
+
+
+def test_different_eigenvalues_are_not_taken_for_the_same():
+    matrix = torch.diag(_t([1.0, 1.001, 2.0, 2.001]))
+    least, largest = moves._extreme_directions(matrix, torch.ones(4).double())
+    np.testing.assert_allclose(least, [1.0, 0.0, 0.0, 0.0])
+    np.testing.assert_allclose(largest, [0.0, 0.0, 0.0, 1.0])
+
+
 def test_moves_on_the_same_components_are_not_combined():
     p = _problem("diag", "dirichlet_process", K=4, N=20)
     statistics = centred(_statistics(p), p.cls)

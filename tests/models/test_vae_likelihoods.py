@@ -46,14 +46,13 @@ def _rows(name, rng, n):
     return _t(np.c_[rng.integers(0, 2 if name == "bernoulli" else 3, n), rng.integers(0, 2, n)])
 
 
-def _started(blocks, x, n_components=2, hidden=(4,), dtype=torch.float64):
+def _started(blocks, x, n_components=2, hidden=(4,), dtype=torch.float64, *, one_draw=False):
     """A network at its start on rows x."""
     n_features = x.shape[1]
     model = build(Architecture(n_features, n_components, hidden, "tanh", blocks), CPU, dtype)
     floor = torch.full((n_features,), 1e-3, dtype=torch.float64)
-    initialise(
-        model, TrainingRows.of(x.to(dtype)), torch.ones(len(x)).double(), floor, make_generator(0)
-    )
+    weight, generator = torch.ones(len(x)).double(), make_generator(0)
+    initialise(model, TrainingRows.of(x.to(dtype)), weight, floor, generator, one_draw=one_draw)
     return model
 
 
@@ -369,6 +368,39 @@ def test_the_encoder_starts_at_the_posterior_of_the_linearised_decoder(blocks, r
     features = model.likelihood.features(x)
     expected = (features - model.input_shift) @ scaled @ cov
     torch.testing.assert_close(q.mean, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "poisson", "gaussian"])
+def test_for_one_draw_posteriors_start_as_narrow_as_those_of_factor_analysis(
+    name, rng, monkeypatch
+):
+    x = _rows(name, rng, 80)
+    if name != "gaussian":
+        x[:, 1] = x[:, 0]  # factor analysis explains all of them; the likelihood has noise left
+    found = []
+
+    def watched(step):
+        def watch(*args):
+            found.append(step(*args))
+            return found[-1]
+
+        return watch
+
+    for step in (start.factor_analysis, start.linear_posterior):
+        monkeypatch.setattr(start, step.__name__, watched(step))
+    narrow = _started((_block(name),), x, one_draw=True).requires_grad_(False)
+    (factors, noise), linear = found
+    wide = _started((_block(name),), x).requires_grad_(False)
+    q, wider = narrow.posterior(x), wide.posterior(x)
+    torch.testing.assert_close(q.mean, wider.mean)
+    torch.testing.assert_close(narrow.decoder.linear.weight, wide.decoder.linear.weight)
+    rotated = factors @ linear.rotation
+    precision = torch.eye(2) + (rotated.T / noise) @ rotated
+    torch.testing.assert_close(-precision.diagonal().log(), q.log_var[0], rtol=1e-5, atol=1e-6)
+    if name == "gaussian":
+        torch.testing.assert_close(q.log_var, wider.log_var, rtol=1e-6, atol=1e-6)
+    else:
+        assert float((wider.log_var - q.log_var).max()) > 1.0
 
 
 def test_a_mixed_table_is_linearised_part_by_part(rng):

@@ -32,10 +32,11 @@ _LOG_LIMIT = 300.0
 _SMALLEST_TILT = 1e-12
 # Longest extrapolation, in steps of coordinate ascent.
 _LONGEST_STEP = 256.0
-# Extrapolations move the logarithms of precisions and tilts by multiples of this. They multiply the
-# rounding of sums over rows, which depends on their order, and the next one that of the last: 1e-15
-# became 1e-6 in thirty passes. The nearest multiple is the same for all orders.
-_GRID = 2.0**-20
+# Extrapolations move the logarithms of precisions and tilts by multiples of this, or of so small a
+# share of the longest move. They multiply the rounding of sums over rows, which depends on their
+# order, and the next one that of the last: 1e-15 became 1e-6 in thirty passes. The nearest multiple
+# is nearly always the same for all orders. See docs/decisions/0003.
+_GRID, _GRID_SHARE = 2.0**-16, 2.0**-12
 # What belongs to rows and models, (N, M); the other fields of a state have the models first.
 _FIELDS_OF_ROWS = {"tilt", "odds_mean", "odds_variance"}
 
@@ -226,8 +227,11 @@ def _extrapolate(design: Design, origin: _Point, first: _Point, second: _Point) 
 
     reach = (length(steps) / length(turns)).nan_to_num(nan=1.0).clamp(1.0, _LONGEST_STEP)[:, None]
     ways = [2.0 * reach * r + reach.square() * v for r, v in zip(steps, turns, strict=True)]
+    longest = torch.cat([way.abs().amax(-1, keepdim=True) for way in ways], -1).amax(-1)  # (M,)
+    # A power of two, that rounding does not change.
+    grid = (_GRID_SHARE * longest.log2().floor().exp2()).clamp(max=_GRID)[:, None]
     alpha, scale, tilt = (
-        (a + _GRID * (way / _GRID).round()).clamp(-_LOG_LIMIT, _LOG_LIMIT).exp()
+        (a + (grid * (way / grid).round()).nan_to_num()).clamp(-_LOG_LIMIT, _LOG_LIMIT).exp()
         for a, way in zip(logs(origin), ways, strict=True)
     )
     return _Point(alpha, scale[:, 0], tilt.T.contiguous())

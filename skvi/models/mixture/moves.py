@@ -617,18 +617,18 @@ def _extreme_directions(matrix: Tensor, towards: Tensor) -> tuple[Tensor, Tensor
 def _cut(along: Tensor, weight: Tensor) -> Tensor:
     """Two means on a line: whether each row (B,) belongs to the higher one."""
     total = weight.sum()
-    # Rows on the cut are found on the same side whatever their rounding.
-    along = along - _ROUNDING * along.abs().max()
+    # Rows on a cut are found on the same side whatever their rounding.
+    margin = _ROUNDING * along.abs().max()
     cut = torch.zeros((), dtype=torch.float64)
     for _ in range(_CUT_PASSES):
-        high = along > cut
+        high = along > cut + margin
         share = weight @ high.double()
         if not 0.0 < float(share) < float(total):
             break
         mean_high = weight @ (along * high) / share
         mean_low = weight @ (along * ~high) / (total - share)
         cut = 0.5 * (mean_high + mean_low)
-    return along > cut
+    return along > cut + margin
 
 
 def centred(moments: Moments, shape: type[Components]) -> Moments:

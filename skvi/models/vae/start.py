@@ -225,6 +225,8 @@ def initialise(
     weight: Tensor,
     noise_floor: Tensor,
     generator: torch.Generator,
+    *,
+    one_draw: bool = False,
 ) -> None:
     """Fill `model` in place: linear parts from factor analysis, corrections at zero.
 
@@ -241,6 +243,11 @@ def initialise(
     noise_floor : Tensor of shape (D,)
         Lower limits of noise variances, in fitted units; the variance itself where it is fixed.
     generator : torch.Generator
+    one_draw : bool
+        Whether training draws one code of a row at a time. Then posteriors begin as narrow as those
+        of factor analysis, which for binary columns and counts is too narrow: codes that are nearly
+        without noise are put to use first, and long fits end higher. The gradients of several draws
+        would be all noise. See docs/decisions/0016.
     """
     likelihood = model.likelihood
     first = _First(model, rows, weight)
@@ -259,6 +266,10 @@ def initialise(
         bias, slopes = likelihood.start(known)
         loadings, own_noise = likelihood.linearised(bias, slopes)
         posterior = linear_posterior(loadings, torch.maximum(own_noise, noise))
+        if one_draw:
+            # of each code given the others
+            precision = 1.0 + ((factors @ posterior.rotation).square() / noise[:, None]).sum(0)
+            posterior = posterior._replace(log_var=-precision.log())
         if isinstance(model.encoder, ResidualMLP):
             _fill_encoder(model, model.encoder.linear, posterior)
             _fill_correction(model.encoder, generator)
