@@ -45,6 +45,7 @@ N_DRAWS = 5000
 N_WATCHING_DRAWS, WATCHED, WATCHING_FACTOR = 100, 20, 1.02
 # Published levels are means over all test rows; for the shorter runs a tenth of them will do.
 MINUTES_FOR_ALL_ROWS = 60
+TENTH = slice(None, None, 10)
 FOLDER = RESULTS / "mnist"
 
 
@@ -98,12 +99,12 @@ def path_of(name: str, minutes: float) -> Path:
 
 def test_rows(test: np.ndarray, minutes: float) -> np.ndarray:
     """Return the rows on which a run of `minutes` is judged."""
-    return test if minutes >= MINUTES_FOR_ALL_ROWS else test[::10]
+    return test if minutes >= MINUTES_FOR_ALL_ROWS else test[TENTH]
 
 
 def judged(log_p: np.ndarray, n_test: int) -> dict[str, float]:
     """Return the mean log p of these rows, and of those that every run is judged on."""
-    tenth = log_p[::10] if len(log_p) == n_test else log_p
+    tenth = log_p[TENTH] if len(log_p) == n_test else log_p
     return {
         "log p": float(log_p.mean()),
         "test rows": len(log_p),
@@ -288,8 +289,8 @@ def run(report: Report, names: list[str], minutes: list[float]) -> None:
     report.table(
         "Dynamically binarised MNIST, 2 x 200 tanh, 50 codes, "
         f"{torch.get_num_threads()} threads; log p with {N_DRAWS} draws on so many test rows "
-        f"binarised with seed 0, and on every tenth, as for all runs; seconds until log "
-        f"p with {N_WATCHING_DRAWS} draws on every {WATCHED}th test row passes a level (of one "
+        "binarised with seed 0, and on every tenth, as for all runs; seconds until log p "
+        f"with {N_WATCHING_DRAWS} draws on every {WATCHED}th test row passes a level (of one "
         "thread: those it was at work)",
         [
             "fit", "minutes", "epochs", "seconds", "last bound", "log p", "test rows", "of a tenth",
