@@ -1045,9 +1045,10 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
                 "The noise is hardly known, and a draw of it left the range of float64. Fit on "
                 "more rows, or choose a larger noise_shape and noise_rate."
             )
+        (mixing,) = rng.spawn(1)
         draws = self._per_row(
             door,
-            lambda q, x: predictive.draw_responses(q, lines, x, rng),
+            lambda q, x: predictive.draw_responses(q, lines, x, rng, mixing),
             extra=n_samples,
         )
         draws = self._model.y.shift[:, None] + self._model.y.scale[:, None] * draws

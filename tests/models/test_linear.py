@@ -978,7 +978,7 @@ def test_draws_have_the_predictive_moments(n, p, rng):
     x = _t(rng.normal(size=(3, p)))
     n_draws = 40_000
     lines = predictive.draw_lines(posterior, n_draws, rng)
-    draws = predictive.draw_responses(posterior, lines, x, rng)[:, 0].numpy()
+    draws = predictive.draw_responses(posterior, lines, x, rng, rng)[:, 0].numpy()
     centred = draws - predictive.mean(posterior, x).numpy()
     error = centred.std(axis=1) / math.sqrt(n_draws)
     assert (np.abs(centred.mean(axis=1)) < Z_LIMIT * error).all()

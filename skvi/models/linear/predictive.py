@@ -238,13 +238,21 @@ def draw_lines(posterior: Posterior, n_draws: int, rng: np.random.Generator) -> 
 
 
 def draw_responses(
-    posterior: Posterior, lines: Lines, x: Tensor, rng: np.random.Generator
+    posterior: Posterior,
+    lines: Lines,
+    x: Tensor,
+    rng: np.random.Generator,
+    mixing: np.random.Generator,
 ) -> Tensor:
-    """Return responses (B, M, S) at rows x (B, D), one for each of the drawn lines."""
+    """Return responses (B, M, S) at rows x (B, D), one for each of the drawn lines.
+
+    The precisions of heavy tails come from a generator of their own, `mixing`, so that what a row
+    gets does not depend on how rows are cut into blocks.
+    """
     height = torch.einsum("bd,smd->bms", x - posterior.centre_x, lines.coef) + lines.centre.T
     noise = torch.as_tensor(rng.standard_normal(height.shape), dtype=x.dtype, device=x.device)
     if posterior.noise_dof is not None:
         half = 0.5 * float(posterior.noise_dof)
-        precision = rng.standard_gamma(half, size=height.shape) / half
+        precision = mixing.standard_gamma(half, size=height.shape) / half
         noise = noise / torch.as_tensor(precision, dtype=x.dtype, device=x.device).sqrt()
     return height + noise * lines.noise_scale.T
