@@ -201,7 +201,7 @@ def throughput(report: Report, *, n_rows: int, n_epochs: int, device: str = "cpu
         f"Training rows per second on {torch.device(device).type}, 784-512-16-512-784, ReLU, "
         "Bernoulli, Adam (skvi with its linear path: 5% more arithmetic), best epoch; limit: "
         "the network's products at the rate of a square one in the same precision; held-out ELBO "
-        f"after {n_epochs} epochs, the seconds they take, skvi's start included, and those until the "
+        f"after {n_epochs} epochs, the seconds they take, skvi's start included, and those to the "
         "end of the epoch after which it is no less than the loop's after all",
         [
             "batch",
