@@ -1,6 +1,7 @@
 """Every estimator away from the CPU: on a GPU where there is one, else on an emulated device.
 
 The emulated one has the CPU's kernels, so that answers differ from the CPU's by the order of sums.
+The autoencoder is always tested there: on a GPU the same seed gives other draws.
 """
 
 import pickle
@@ -17,7 +18,9 @@ from sklearn.datasets import load_diabetes, load_iris, load_wine
 from sklearn.exceptions import ConvergenceWarning
 
 from skvi import BayesianLinearVI, BayesianLogisticVI, VAETransformer, VariationalGMM
+from skvi.estimators import vae as vae_module
 from skvi.runtime import random
+from skvi.runtime.blocks import Affine, Rows
 from skvi.runtime.random import make_generator
 
 from .emulation import DEVICE, emulated_device
@@ -26,8 +29,8 @@ SHAPES = ["full", "tied", "diag", "spherical"]
 
 
 @contextmanager
-def _another_device():
-    if torch.cuda.is_available():
+def _another_device(emulated=False):
+    if torch.cuda.is_available() and not emulated:
         yield "cuda"
     else:
         with emulated_device():
@@ -44,12 +47,12 @@ def _answers(model, names, *args, **options):
     return out
 
 
-def _compare(make, use, rtol=1e-7, atol=1e-9):
+def _compare(make, use, rtol=1e-7, atol=1e-9, emulated=False):
     """`use` a model that `make` gives for a device, here and there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         here = use(make("cpu"))
-        with _another_device() as device:
+        with _another_device(emulated) as device:
             there = use(make(device))
     assert here.keys() == there.keys()
     for name, parts in here.items():
@@ -294,7 +297,9 @@ def _use_vae(X):
 def test_likelihoods(likelihood, missing):
     X = _table(likelihood)
     X = _holes(X) if missing else X
-    _compare(lambda device: _vae(device, likelihood=likelihood), _use_vae(X), rtol=1e-6)
+    _compare(
+        lambda device: _vae(device, likelihood=likelihood), _use_vae(X), rtol=1e-6, emulated=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -306,7 +311,7 @@ def test_priors_and_posteriors(prior, missing, posterior_type):
     X = load_iris().data[:60]
     X = _holes(X) if missing else X
     params = {"prior": prior, "posterior_type": posterior_type, "n_prior_components": 3}
-    _compare(lambda device: _vae(device, **params), _use_vae(X), rtol=1e-6)
+    _compare(lambda device: _vae(device, **params), _use_vae(X), rtol=1e-6, emulated=True)
 
 
 @pytest.mark.parametrize(
@@ -332,13 +337,16 @@ def test_ways_of_training(params):
         _use_vae(load_iris().data[:60]),
         rtol=tolerance,
         atol=tolerance,
+        emulated=True,
     )
 
 
 @pytest.mark.parametrize("likelihood", ["poisson", "negative_binomial", "bernoulli"])
 def test_sparse_rows(likelihood):
     X = sp.csr_array(_table(likelihood))
-    _compare(lambda device: _vae(device, likelihood=likelihood), _use_vae(X), rtol=1e-6)
+    _compare(
+        lambda device: _vae(device, likelihood=likelihood), _use_vae(X), rtol=1e-6, emulated=True
+    )
 
 
 # -- across devices -------------------------------------------------------------------------------
@@ -357,7 +365,7 @@ every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e:
 def test_a_fitted_model_goes_from_device_to_device(estimator):
     X, y = load_iris(return_X_y=True)
     here = clone(estimator).set_params(device="cpu").fit(X, y)
-    with _another_device() as device:
+    with _another_device(isinstance(estimator, VAETransformer)) as device:
         there = clone(estimator).set_params(device=device).fit(X, y)
         moved = pickle.loads(pickle.dumps(here)).set_params(device=device)
         assert_allclose(moved.score(X, y), here.score(X, y), rtol=1e-9)
@@ -377,11 +385,70 @@ def test_a_fitted_model_goes_from_device_to_device(estimator):
 def test_rows_may_be_on_the_device(estimator):
     X, y = load_iris(return_X_y=True)
     here = clone(estimator).set_params(device="cpu").fit(X, y)
-    with _another_device() as device:
+    with _another_device(isinstance(estimator, VAETransformer)) as device:
         rows = torch.from_numpy(X).to(device)
         there = clone(estimator).set_params(device="auto").fit(rows, y)
         assert_allclose(there.score(rows, y), here.score(X, y), rtol=1e-9)
         assert isinstance(there.transform(rows), np.ndarray)
+
+
+def test_generators_of_devices_do_not_decide_which_rows_are_held_out(monkeypatch):
+    held_out = []
+    score = vae_module._mean_bound
+    X = load_iris().data
+
+    def noted(net, cells, weight, rows, noise):
+        held_out.append(rows.tolist())
+        return score(net, cells, weight, rows, noise)
+
+    monkeypatch.setattr(vae_module, "_mean_bound", noted)
+    params = {"early_stopping": True, "n_iter_no_change": 3, "warm_start": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = _vae("cpu", **params).fit(X)
+        # The generators of another device give other numbers for the same seed.
+        monkeypatch.setattr(vae_module, "make_generator", lambda seed, *_: make_generator(seed + 1))
+        other = _vae("cpu", **params).fit(X)
+        model.fit(X)
+    assert len(held_out[0]) == 15
+    assert held_out == [held_out[0]] * len(held_out)
+    assert other.elbo_ != model.elbo_
+
+
+def test_a_checkpoint_stays_with_its_kind_of_device(tmp_path, monkeypatch):
+    X, path = load_iris().data, tmp_path / "vae.npz"
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vae_module, "announce_epoch", kill)
+        with pytest.raises(KeyboardInterrupt):
+            _vae("cpu", checkpoint=path).fit(X)
+    with emulated_device(), pytest.raises(ValueError, match="another fit: device differs"):
+        _vae(str(DEVICE), checkpoint=path).fit(X)
+    with pytest.warns(ConvergenceWarning):
+        _vae("cpu", checkpoint=path).fit(X)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_rows_that_are_read_once_are_not_kept(once):
+    X = load_iris().data
+    weight = np.arange(len(X), dtype=float)
+    affine = Affine(X.mean(0), X.std(0))
+    expected, some = (X - X.mean(0)) / X.std(0), slice(3, 40)
+    with _another_device() as device:
+        rows = Rows(X, affine, torch.device(device), weight, once=once)
+        assert rows.kept != once
+        out = torch.empty(37, 4, dtype=torch.float64, device=device)
+        rows.fill(some, out)
+        x, w = rows[some]
+        for values in (out, x):
+            assert_allclose(values.cpu().tolist(), expected[some], rtol=1e-14)
+        for values in (w, rows.weights(some)):
+            assert values.device.type == torch.device(device).type
+            assert values.cpu().tolist() == weight[some].tolist()
 
 
 def test_the_emulated_device_refuses_what_a_gpu_does():

@@ -948,7 +948,7 @@ class VariationalGMM(
     def _fitted_rows(self, X: np.ndarray, device: torch.device) -> Rows:
         """Return validated rows in fitted units."""
         self._check_reach(X, self._model.affine)
-        return _make_rows(X, self._model.affine, device)
+        return _make_rows(X, self._model.affine, device, once=True)
 
     def _log_scale(self, rows: Rows) -> np.ndarray | float:
         """Return what a log density in fitted units exceeds that in the units of X by."""
@@ -1338,10 +1338,11 @@ def _make_rows(
     weight: np.ndarray | None = None,
     *,
     keep: Literal["rows", "columns"] | None = None,
+    once: bool = False,
 ) -> Rows:
     """Return rows of the kind that X needs."""
     kind = IncompleteRows if has_missing(X) else Rows
-    return kind(X, affine, device, weight, keep=keep)
+    return kind(X, affine, device, weight, keep=keep, once=once)
 
 
 def _change_of_units(rows: Rows, weight: np.ndarray, affine: Affine) -> float:

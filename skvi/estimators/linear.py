@@ -1184,7 +1184,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         model = self._model
         posterior = as_tensors(model.posterior, door.device)
         floats = predictive.floats_per_row(posterior) + extra * len(model.y.scale)
-        rows = _rows(door.X, model.x, door.device)
+        rows = _rows(door.X, model.x, door.device, once=True)
         pieces = []
         for block in row_slices(rows.n_rows, block_rows(floats, door.device)):
             x, _ = rows[block]
@@ -1228,9 +1228,17 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         return tags
 
 
-def _rows(X: Any, affine: Affine, device: torch.device, weight: np.ndarray | None = None) -> Rows:
-    kind = SparseRows if sparse.issparse(X) else Rows
-    return kind(X, affine, device, weight)
+def _rows(
+    X: Any,
+    affine: Affine,
+    device: torch.device,
+    weight: np.ndarray | None = None,
+    *,
+    once: bool = False,
+) -> Rows:
+    if sparse.issparse(X):
+        return SparseRows(X, affine, device, weight)
+    return Rows(X, affine, device, weight, once=once)
 
 
 def _log_units_of_flat(prior: Prior, x: Affine, y: Affine) -> float:

@@ -70,7 +70,7 @@ from skvi.models.vae.priors import HALF_WIDTH, PRIORS
 from skvi.runtime.blocks import Affine, Rows, block_rows, row_slices
 from skvi.runtime.device import has_fast_bfloat16, resolve_device
 from skvi.runtime.graph import recorder
-from skvi.runtime.random import draw_seed, make_generator, matched_noise, shared_noise
+from skvi.runtime.random import draw_seed, make_generator, make_rng, matched_noise, shared_noise
 
 # The budget of max_iter=None: at least so many optimiser steps, at least so many epochs, but the
 # epochs end where this many steps are spent.
@@ -503,7 +503,7 @@ class VAETransformer(
             n_batches = math.ceil(n_train / batch_size)
             n_epochs = self._n_epochs(n_batches)
             architecture = self._planned(X, model)
-            keeper = self._keeper(X, weight, model, architecture)
+            keeper = self._keeper(X, weight, model, architecture, door.device)
             try:
                 descent = self._train(
                     X,
@@ -623,15 +623,14 @@ class VAETransformer(
         dtype = torch.float64 if self.precision == "float64" else torch.float32
         self._check_reach(X, architecture.blocks, affine, dtype)
 
-        # Of the same X, a warm start holds the same rows out: they are never trained on.
-        generator = make_generator(_derive_seed(seed, 0), device)
-        order = torch.randperm(X.shape[0], generator=generator, device=device)
+        # Of the same X, a warm start holds the same rows out, so that they are never trained on: on
+        # another device too, whose generator gives other numbers.
+        order = torch.from_numpy(make_rng(seed).permutation(X.shape[0])).to(device)
+        generator = make_generator(_derive_seed(seed, n_epochs_before), device)
         held_out, rows = order[:n_validation], order[n_validation:]
         w = torch.tensor(weight, device=device)
         for part in (held_out, rows):
             w[part] = _of_mean_one(w[part])
-        if model is not None:
-            generator = make_generator(_derive_seed(seed, n_epochs_before), device)
         zero = None
         if issparse(X):
             cells = _read_sparse(X, affine, device, dtype)
@@ -919,7 +918,12 @@ class VAETransformer(
             )
 
     def _keeper(
-        self, X: np.ndarray, weight: np.ndarray, model: _Model | None, architecture: Architecture
+        self,
+        X: np.ndarray,
+        weight: np.ndarray,
+        model: _Model | None,
+        architecture: Architecture,
+        device: torch.device,
     ) -> Checkpoint | None:
         """Return the checkpoint of this fit, if there is to be one."""
         if self.checkpoint is None:
@@ -928,6 +932,8 @@ class VAETransformer(
         identity = {
             name: _described(params[name]) for name in sorted(params.keys() - _FREE_TO_CHANGE)
         }
+        # Not what was asked for: a state of generators is good for one kind of device.
+        identity |= {"device": device.type}
         identity |= {"X": _digest(X), "sample_weight": _digest(weight)}
         # Two callables may print the same text: their networks are told apart by their values.
         bare = architecture._replace(encoder=None, decoder=None)
@@ -1356,7 +1362,7 @@ class VAETransformer(
         """Apply `function` to blocks of rows in fitted units and masks; concatenate the results."""
         dtype = _torch_dtype(X)
         net = self._model.on(device, dtype)
-        rows = Rows(by_rows(X), self._model.affine, device)
+        rows = Rows(by_rows(X), self._model.affine, device, once=True)
         with torch.no_grad():
             parts = [
                 [value.cpu().numpy() for value in function(net, *split_missing(x.to(dtype)))]

@@ -258,6 +258,9 @@ class _Steps:
         """Drop all records: the optimiser's moments have moved to other memory."""
         # Plain steps to come: they create moments, and what libraries set up at their first call.
         self._n_plain = _PLAIN_STEPS
+        # Sizes of minibatches that a plain step has had: a kernel that is used for the first time
+        # may have to be loaded, which a record cannot.
+        self._seen: set[int] = set()
         # By the size of the minibatch: where its rows are read, and what repeats the step.
         self._recorded: dict[int, tuple[Tensor, Callable[[], None]]] = {}
 
@@ -265,7 +268,7 @@ class _Steps:
         """Make a step with these rows and these learning rates of the optimiser's groups."""
         self._number.fill_(number)
         _set_rates(self._optimizer, rates)
-        if self._record is not None and self._n_plain == 0:
+        if self._record is not None and self._n_plain == 0 and len(batch) in self._seen:
             self._record_for(batch, self._record)
         self._n_plain = max(0, self._n_plain - 1)
         if len(batch) in self._recorded:
@@ -274,6 +277,7 @@ class _Steps:
             repeat()
         else:
             self._run(batch)
+            self._seen.add(len(batch))
 
     def _record_for(self, batch: Tensor, record: Recorder) -> None:
         """Have a record for minibatches of this size, if there can be one."""

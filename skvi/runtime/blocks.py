@@ -101,7 +101,8 @@ class Rows:
     """Rows of a NumPy array, read block by block as float64 tensors in fitted units.
 
     On the CPU the array is never copied as a whole, unless it is small and asked for. On a GPU the
-    converted rows stay resident, because moving them in every pass would cost more than the pass.
+    converted rows stay resident, because moving them in every pass would cost more than the pass,
+    unless there is one pass only.
 
     Parameters
     ----------
@@ -117,6 +118,8 @@ class Rows:
         For rows that many passes will read: convert them once and keep them, if that is a small
         amount of memory. They lie row by row, for whoever gathers rows, or column by column, for
         whoever multiplies columns.
+    once : bool, default=False
+        Whether each row is read once: then no device keeps them.
 
     Attributes
     ----------
@@ -134,6 +137,7 @@ class Rows:
         weight: np.ndarray | None = None,
         *,
         keep: Literal["rows", "columns"] | None = None,
+        once: bool = False,
     ) -> None:
         self.n_rows, self.n_features = X.shape
         self.dtype = X.dtype
@@ -144,7 +148,7 @@ class Rows:
         if isinstance(X, Densified):
             keep = None
         elif device.type != "cpu":
-            keep = keep or "rows"
+            keep = None if once else keep or "rows"
         elif 8 * X.size > _RESIDENT_BYTES:
             keep = None
         self.kept = keep is not None
@@ -176,7 +180,8 @@ class Rows:
     def weights(self, rows: slice) -> Tensor:
         """Return the weights (B,) of the rows of a slice."""
         if self._resident is None:
-            return torch.from_numpy(np.array(self._weight[rows], dtype=np.float64))
+            weight = np.array(self._weight[rows], dtype=np.float64)
+            return torch.from_numpy(weight).to(self.device)
         return self._resident[1][rows]
 
     def reweighted(self, weight: Tensor) -> "Rows":
@@ -191,6 +196,9 @@ class Rows:
         """Write the rows of a slice in fitted units to `out` (B, D), without another copy."""
         if self._resident is not None:
             out.copy_(self._resident[0][rows])
+            return
+        if self.device.type != "cpu":
+            out.copy_(self._convert(rows)[0])
             return
         x, shift, scale = self._X[rows], self._affine.shift, self._affine.scale
         # torch takes all threads, but neither read-only memory nor negative strides

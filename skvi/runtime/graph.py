@@ -9,6 +9,8 @@ import torch
 # what runs it: the same operations on the same memory, without the function's Python.
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 
+# Before this release a capture that failed left a generator that could not draw any more.
+_FIRST_SAFE_RELEASE = (2, 13)
 # A process may make one record at a time.
 _lock = threading.Lock()
 
@@ -31,15 +33,18 @@ def recorder(generator: torch.Generator) -> Recorder | None:
         Raises RuntimeError for work that cannot be recorded.
     """
     device = generator.device
-    if device.type != "cuda":
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if device.type != "cuda" or release < _FIRST_SAFE_RELEASE:
         return None
     stream = torch.cuda.Stream(device)
 
     def record(run: Callable[[], None]) -> Callable[[], None]:
-        with _lock, torch.cuda.device(device):
+        # A capture that fails leaves its stream the current one; the one there was is put back.
+        before = torch.cuda.stream(torch.cuda.current_stream(device))
+        with _lock, torch.cuda.device(device), before:
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(generator)
-            # Other threads may go on allocating and waiting.
+            # Other threads may go on allocating, and waiting for streams of their own.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 run()
         return graph.replay

@@ -19,6 +19,8 @@ class _Cuda:
             ("CUDAGraph", self._graph),
             ("Stream", lambda device: self._note("stream", device)),
             ("device", lambda device: self._inside("device", device)),
+            ("current_stream", lambda device: ("current", device)),
+            ("stream", lambda stream: self._inside("stream", stream)),
             ("graph", self._capture),
         ):
             monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -30,8 +32,10 @@ class _Cuda:
     @contextlib.contextmanager
     def _inside(self, *entry):
         self._note("enter", *entry)
-        yield
-        self._note("exit", *entry)
+        try:
+            yield
+        finally:
+            self._note("exit", *entry)
 
     def _graph(self):
         self._note("graph")
@@ -57,11 +61,13 @@ def test_a_graph_is_captured_on_the_device_of_the_generator_and_draws_from_it(mo
     capture = ("capture", ("stream", device), "thread_local")
     one = [
         ("enter", "device", device),
+        ("enter", "stream", ("current", device)),
         ("graph",),
         ("register", generator),
         ("enter", *capture),
         ("run",),
         ("exit", *capture),
+        ("exit", "stream", ("current", device)),
         ("exit", "device", device),
     ]
     assert cuda.log == [("stream", device), *one, *one]
@@ -71,7 +77,7 @@ def test_a_graph_is_captured_on_the_device_of_the_generator_and_draws_from_it(mo
     assert cuda.log == [("replay",)] * 2
 
 
-def test_one_record_is_made_at_a_time_and_a_failure_lets_the_next_one_in(monkeypatch):
+def test_one_record_is_made_at_a_time(monkeypatch):
     _Cuda(monkeypatch)
     record = recorder(SimpleNamespace(device=torch.device("cuda", 0)))
     n_inside, most = 0, 0
@@ -91,9 +97,27 @@ def test_one_record_is_made_at_a_time_and_a_failure_lets_the_next_one_in(monkeyp
         thread.join()
     assert most == 1
 
+
+def test_a_failure_lets_the_next_one_in_on_the_stream_there_was(monkeypatch):
+    cuda = _Cuda(monkeypatch)
+    device = torch.device("cuda", 0)
+    record = recorder(SimpleNamespace(device=device))
+
     def fail():
         raise RuntimeError("cannot be captured")
 
     for _ in range(2):
         with pytest.raises(RuntimeError, match="cannot be captured"):
             record(fail)
+        assert cuda.log[-2:] == [
+            ("exit", "stream", ("current", device)),
+            ("exit", "device", device),
+        ]
+
+
+def test_releases_whose_failed_captures_spoil_the_generator_record_nothing(monkeypatch):
+    _Cuda(monkeypatch)
+    generator = SimpleNamespace(device=torch.device("cuda", 0))
+    for release, records in (("2.12.1+cu130", False), ("2.13.0", True), ("3.0.0a0+git1", True)):
+        monkeypatch.setattr(torch, "__version__", release)
+        assert (recorder(generator) is not None) == records

@@ -36,8 +36,9 @@ class ResidualProduct(torch.autograd.Function):
     takes far longer than its share of the arithmetic, and A has none of its own. It is stacked
     below ``W_1`` where x is wider than y, and set beside C where it is not.
 
-    The products read `dtype` and accumulate in float32 or better. What goes in and comes out, the
-    gradients included, has the dtype of the parameters; y and its gradient have `out_dtype`.
+    The products read `dtype` and accumulate in float32 or better, on CUDA as torch is set to. What
+    goes in and comes out, the gradients included, has the dtype of the parameters; y and its
+    gradient have `out_dtype`.
     """
 
     @staticmethod

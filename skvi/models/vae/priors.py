@@ -28,6 +28,9 @@ from skvi.runtime.random import matched_noise
 HALF_WIDTH = math.sqrt(3.0)
 # Draws for the moments of laws that have none in closed form, and the seed of these draws.
 _MOMENT_DRAWS, _MOMENT_SEED = 256, 0
+# CUDA's batched triangular solves have been wrong for twice as many right-hand sides
+# (pytorch/pytorch#187717).
+_MOST_DRAWS = 1 << 18
 # A mixture starts with this share of the prior's variance between its means.
 _SHARE_BETWEEN = 0.5
 # Nodes and weights on (-1, 1) for Owen's function.
@@ -72,7 +75,7 @@ class Mixture(NamedTuple):
         size = len(self.log_weight) * z.shape[-1]
         values = [
             (self.log_weight + self.components.log_prob(block)).logsumexp(-1)
-            for block in flat.split(block_rows(size, z.device))
+            for block in flat.split(min(block_rows(size, z.device), _MOST_DRAWS))
         ]
         return torch.cat(values).reshape(z.shape[:-1])
 
