@@ -81,7 +81,11 @@ def test_draws_are_of_the_prior_and_means_go_through_the_decoder(fitted, iris):
     np.testing.assert_array_equal(codes, Z)
     np.testing.assert_array_equal(rows, fitted.inverse_transform(Z))
     assert not np.allclose(rows, X)
-    np.testing.assert_allclose(X.mean(axis=0), iris.mean(axis=0), atol=0.5)
+    # Five deviations: draws scatter about their means by the noise.
+    error = fitted.noise_std_ / math.sqrt(4000)
+    np.testing.assert_array_less(abs(X.mean(axis=0) - rows.mean(axis=0)), 5.0 * error)
+    # In the units of the data; after so few steps a learned prior is not yet that of the rows.
+    np.testing.assert_array_less(abs(rows.mean(axis=0) - iris.mean(axis=0)), iris.std(axis=0))
     if fitted.prior == "uniform":
         assert np.abs(Z).max() < BOX
         for code in Z.T:
