@@ -3,7 +3,8 @@
 For tests where there is no GPU: operations on tensors of two devices, NumPy's view of a tensor that
 lies elsewhere, and a generator of another device are errors. The kernels are those of the CPU, so
 that results can be compared with the CPU's to rounding. Operations that a GPU lacks, and the order
-of its work, are not emulated.
+of its work, are not emulated; nor does it refuse a single number of the host's everywhere that a
+GPU does (not as the other end of `lerp`, say).
 """
 
 import functools
@@ -29,7 +30,11 @@ CPU = torch.device("cpu")
 
 aten = torch.ops.aten
 # A GPU reads single numbers of the host's, but not in these operations.
-_NO_HOST_NUMBERS = {aten.cat, aten.index_select, aten.gather, aten.scatter, aten.scatter_add}
+_NO_HOST_NUMBERS = {
+    aten.addmm, aten.baddbmm, aten.cat, aten.gather, aten.index_add, aten.index_add_,
+    aten.index_fill, aten.index_fill_, aten.index_select, aten.masked_fill, aten.masked_fill_,
+    aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.stack,
+}  # fmt: skip
 # Positions may lie on the host.
 _INDEXING = {aten.index, aten.index_put, aten.index_put_}
 
@@ -55,6 +60,14 @@ class Elsewhere(Tensor):
         self.numbers = numbers
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise RuntimeError("The numbers of a tensor of this device cannot be replaced.")
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -105,7 +118,8 @@ class EmulatedDevice(TorchDispatchMode):
         away = any(isinstance(t, Elsewhere) for t in tensors)
         named = kwargs.get("device")
         leaves = away if named is None else named.type == DEVICE.type
-        generator = kwargs.get("generator")
+        every = (*args, *kwargs.values())
+        generator = next((v for v in every if isinstance(v, torch.Generator)), None)
         if generator is not None and leaves != (generator._cdata in EmulatedGenerator.known):
             raise RuntimeError(f"{func}: a generator of another device.")
         if not away and not leaves:
@@ -116,7 +130,7 @@ class EmulatedDevice(TorchDispatchMode):
             func(*_here(args), **kwargs)
             return args[0]
         if packet is not aten._to_copy:
-            self._refuse_two_devices(func, packet, args, tensors)
+            self._refuse_two_devices(func, args, kwargs, tensors)
         options = {name: _here(value) for name, value in kwargs.items()}
         if named is not None:
             options["device"] = CPU
@@ -128,12 +142,15 @@ class EmulatedDevice(TorchDispatchMode):
         return _there(out)
 
     @staticmethod
-    def _refuse_two_devices(func: Any, packet: Any, args: Any, tensors: list[Tensor]) -> None:
+    def _refuse_two_devices(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
+        packet = func.overloadpacket
+        named = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
+        written = [named.get(a.name) for a in func._schema.arguments if a.is_write]
+        written = [id(t) for t in _tensors(written)]
+        positions = [id(t) for t in _tensors(args[1:2])] if packet in _INDEXING else []
         for t in tensors:
-            number = t.dim() == 0 and packet not in _NO_HOST_NUMBERS
-            position = (
-                packet in _INDEXING and isinstance(args[0], Elsewhere) and not t.is_floating_point()
-            )
+            number = t.dim() == 0 and packet not in _NO_HOST_NUMBERS and id(t) not in written
+            position = isinstance(args[0], Elsewhere) and id(t) in positions
             if not (isinstance(t, Elsewhere) or number or position):
                 places = [(type(t).__name__, *t.shape) for t in tensors]
                 raise RuntimeError(f"{func}: tensors of two devices: {places}")
