@@ -56,6 +56,14 @@ def _codes_to_pictures(n_in, n_out):
     )
 
 
+class _Raised(nn.Linear):
+    """No output of a row of zeros is negative."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        nn.init.constant_(self.bias, 1.0)
+
+
 class _Beside(nn.Linear):
     """Centres its result over the rows."""
 
@@ -166,6 +174,7 @@ def test_frozen_layers_stay_and_fits_continue(iris):
         ({"encoder": 3}, "'encoder' parameter"),
         ({"encoder": _Beside()}, "when the row beside it changes"),
         ({"encoder": nn.Sequential(nn.Linear(4, 4), nn.RReLU())}, "draws random numbers"),
+        ({"encoder": nn.Sequential(_Raised(4, 4), nn.RReLU())}, "draws random numbers"),
         ({"decoder": nn.LazyLinear(4)}, "draws random numbers"),
         ({"decoder": lambda: nn.Linear(2, 4)}, r"called with the widths \(2, 4\)"),
         ({"encoder": _Recurrent(as_pair=True)}, "to shape tuple; it must be"),

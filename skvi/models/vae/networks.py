@@ -189,6 +189,9 @@ def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custo
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             before = torch.get_rng_state()
             y = module(torch.zeros(2, n_in))
+            # Some layers draw for one sign only. Large rows, for the sake of offsets.
+            row = 100.0 * torch.linspace(-1.0, 1.0, n_in + 1)[1:]
+            copy.deepcopy(module)(torch.stack([row, -row]))
             by_chance = not torch.equal(torch.get_rng_state(), before)
     except Exception as error:
         raise ValueError(
