@@ -2,10 +2,11 @@
 
 import importlib.util
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -157,6 +158,15 @@ def our_epochs(
     return times, bounds, vae, end
 
 
+class Run(NamedTuple):
+    """Seconds of each epoch, of all, and until the loop's last held-out ELBO; the own last one."""
+
+    epochs: list[float]
+    seconds: float
+    to_goal: float
+    score: float
+
+
 def throughput(report: Report, *, n_rows: int, n_epochs: int, device: str = "cpu") -> None:
     X, X_test = np.split(pictures(n_rows + 2000), [n_rows])
     limits = {
@@ -171,40 +181,37 @@ def throughput(report: Report, *, n_rows: int, n_epochs: int, device: str = "cpu
 
     rows = []
     for batch_size in (128, 1024):
-        seconds: dict[str, list[float]] = {}
-        whole: dict[str, list[float]] = {}  # of whole runs
-        until: dict[str, list[float]] = {}  # the loop's last held-out ELBO is reached
+        runs: dict[str, list[Run]] = {}
         # In turns, so that a disturbance meets all of them.
         for _ in range(2):
             times, network = loop_epochs(X, batch_size, n_epochs, device)
-            # The first epochs find their memory.
-            seconds.setdefault("loop", []).extend(times[1:])
-            whole.setdefault("loop", []).append(sum(times))
-            until.setdefault("loop", []).append(sum(times))
-            scores = {"loop": held_out(network)}
+            goal = held_out(network)
+            runs.setdefault("loop", []).append(Run(times, sum(times), sum(times), goal))
             if PYTHAE and device == "cpu":
                 times, network = pythae_epochs(X, batch_size, n_epochs)
-                seconds.setdefault("pythae", []).extend(times[1:])
-                whole.setdefault("pythae", []).append(sum(times))
-                scores["pythae"] = held_out(network)
+                run = Run(times, sum(times), math.nan, held_out(network))
+                runs.setdefault("pythae", []).append(run)
             for name in ("float32", "bfloat16"):
                 times, bounds, vae, end = our_epochs(X, X_test, batch_size, n_epochs, device, name)
-                seconds.setdefault(name, []).extend(times[1:])
-                whole.setdefault(name, []).append(sum(times) + end)
-                scores[name] = vae.score(X_test)
-                reached = [b >= scores["loop"] for b in bounds]
-                n_needed = reached.index(True) + 1 if any(reached) else 0
-                until.setdefault(name, []).append(sum(times[:n_needed]) or float("nan"))
-        rates = {name: n_rows / min(times) for name, times in seconds.items()}
-        for name, score in scores.items():
+                n_needed = next((n for n, b in enumerate(bounds, 1) if b >= goal), None)
+                to_goal = math.nan if n_needed is None else sum(times[:n_needed])
+                run = Run(times, sum(times) + end, to_goal, vae.score(X_test))
+                runs.setdefault(name, []).append(run)
+        # The first epochs find their memory, and skvi's has the start in it.
+        rates = {
+            name: n_rows / min(t for run in made for t in run.epochs[1:])
+            for name, made in runs.items()
+        }
+        for name, made in runs.items():
             ratio = rates[name] / rates["loop"]
             limit = limits.get(name, limits["float32"]) / rates[name]
-            # The better one of two turns, if both have come there: not the better luck.
-            to_bound = float(np.min(until.get(name, [np.nan])))
-            total = min(whole[name])
+            total = min(run.seconds for run in made)
+            # NaN if one of them did not come there: not the better luck.
+            to_goal = float(np.min([run.to_goal for run in made]))
             rows.append(
-                [batch_size, LABELS[name], rates[name], ratio, limit, score, total, to_bound]
-            )
+                [batch_size, LABELS[name], rates[name], ratio, limit, made[-1].score, total,
+                 to_goal]
+            )  # fmt: skip
     report.table(
         f"Training rows per second on {torch.device(device).type}, 784-512-16-512-784, ReLU, "
         "Bernoulli, Adam (skvi with its linear path: 5% more arithmetic), best epoch; limit: "

@@ -114,11 +114,11 @@ class EmulatedDevice(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors((*args, *kwargs.values())))
+        every = (*args, *kwargs.values())
+        tensors = list(_tensors(every))
         away = any(isinstance(t, Elsewhere) for t in tensors)
         named = kwargs.get("device")
         leaves = away if named is None else named.type == DEVICE.type
-        every = (*args, *kwargs.values())
         generator = next((v for v in every if isinstance(v, torch.Generator)), None)
         if generator is not None and leaves != (generator._cdata in EmulatedGenerator.known):
             raise RuntimeError(f"{func}: a generator of another device.")

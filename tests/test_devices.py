@@ -497,15 +497,15 @@ def test_a_checkpoint_stays_with_its_kind_of_device(tmp_path, monkeypatch):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("once", [False, True])
-def test_rows_that_are_read_once_are_not_kept(once):
+@pytest.mark.parametrize("keep", [None, "never"])
+def test_rows_that_are_read_once_are_not_kept(keep):
     X = load_iris().data
     weight = np.arange(len(X), dtype=float)
     affine = Affine(X.mean(0), X.std(0))
     expected, some = (X - X.mean(0)) / X.std(0), slice(3, 40)
     with _another_device() as device:
-        rows = Rows(X, affine, torch.device(device), weight, once=once)
-        assert rows.kept != once
+        rows = Rows(X, affine, torch.device(device), weight, keep=keep)
+        assert rows.kept == (keep is None)
         out = torch.empty(37, 4, dtype=torch.float64, device=device)
         rows.fill(some, out)
         x, w = rows[some]

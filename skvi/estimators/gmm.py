@@ -37,7 +37,7 @@ from skvi.models.mixture.stochastic import StochasticAscent
 from skvi.models.mixture.weights import WEIGHTS, OrderedSticks, StickBreaking
 from skvi.models.terms import ElboTerms
 from skvi.runtime.batches import Batches
-from skvi.runtime.blocks import Affine, Rows, block_rows, row_slices
+from skvi.runtime.blocks import Affine, Keep, Rows, block_rows, row_slices
 from skvi.runtime.device import resolve_device
 from skvi.runtime.linalg import inv_chol
 from skvi.runtime.moments import weighted_moments
@@ -948,7 +948,7 @@ class VariationalGMM(
     def _fitted_rows(self, X: np.ndarray, device: torch.device) -> Rows:
         """Return validated rows in fitted units."""
         self._check_reach(X, self._model.affine)
-        return _make_rows(X, self._model.affine, device, once=True)
+        return _make_rows(X, self._model.affine, device, keep="never")
 
     def _log_scale(self, rows: Rows) -> np.ndarray | float:
         """Return what a log density in fitted units exceeds that in the units of X by."""
@@ -1337,12 +1337,11 @@ def _make_rows(
     device: torch.device,
     weight: np.ndarray | None = None,
     *,
-    keep: Literal["rows", "columns"] | None = None,
-    once: bool = False,
+    keep: Keep = None,
 ) -> Rows:
     """Return rows of the kind that X needs."""
     kind = IncompleteRows if has_missing(X) else Rows
-    return kind(X, affine, device, weight, keep=keep, once=once)
+    return kind(X, affine, device, weight, keep=keep)
 
 
 def _change_of_units(rows: Rows, weight: np.ndarray, affine: Affine) -> float:

@@ -58,7 +58,7 @@ from skvi.models.linear.robust import Data, RobustState
 from skvi.models.linear.sparse import SparseRows, canonical, reduce_sparse_rows, sparse_moments
 from skvi.models.linear.weights import covariance, variances
 from skvi.models.terms import ElboTerms
-from skvi.runtime.blocks import Affine, Rows, block_rows, row_slices
+from skvi.runtime.blocks import Affine, Keep, Rows, block_rows, row_slices
 from skvi.runtime.moments import weighted_moments
 from skvi.runtime.random import draw_seed, make_rng
 
@@ -1184,7 +1184,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         model = self._model
         posterior = as_tensors(model.posterior, door.device)
         floats = predictive.floats_per_row(posterior) + extra * len(model.y.scale)
-        rows = _rows(door.X, model.x, door.device, once=True)
+        rows = _rows(door.X, model.x, door.device, keep="never")
         pieces = []
         for block in row_slices(rows.n_rows, block_rows(floats, door.device)):
             x, _ = rows[block]
@@ -1234,11 +1234,11 @@ def _rows(
     device: torch.device,
     weight: np.ndarray | None = None,
     *,
-    once: bool = False,
+    keep: Keep = None,
 ) -> Rows:
     if sparse.issparse(X):
         return SparseRows(X, affine, device, weight)
-    return Rows(X, affine, device, weight, once=once)
+    return Rows(X, affine, device, weight, keep=keep)
 
 
 def _log_units_of_flat(prior: Prior, x: Affine, y: Affine) -> float:

@@ -748,7 +748,7 @@ class BayesianLogisticVI(ClassifierMixin, TransformerMixin, VariationalEstimator
         """Apply ``function(posterior, x) -> (B, ...)`` to blocks of rows."""
         posterior = as_tensors(self._model.posterior, door.device)
         floats = predictive.floats_per_row(posterior) + extra
-        rows = Rows(door.X, self._model.x, door.device, once=True)
+        rows = Rows(door.X, self._model.x, door.device, keep="never")
         blocks = row_slices(rows.n_rows, block_rows(floats, door.device))
         values = np.concatenate([to_numpy(function(posterior, rows[block][0])) for block in blocks])
         check_reach(values)

@@ -1362,7 +1362,7 @@ class VAETransformer(
         """Apply `function` to blocks of rows in fitted units and masks; concatenate the results."""
         dtype = _torch_dtype(X)
         net = self._model.on(device, dtype)
-        rows = Rows(by_rows(X), self._model.affine, device, once=True)
+        rows = Rows(by_rows(X), self._model.affine, device, keep="never")
         with torch.no_grad():
             parts = [
                 [value.cpu().numpy() for value in function(net, *split_missing(x.to(dtype)))]

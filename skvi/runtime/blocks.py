@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from copy import copy
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -97,6 +97,9 @@ class Densified:
         return self._X[rows].toarray()
 
 
+Keep: TypeAlias = Literal["rows", "columns", "never"] | None
+
+
 class Rows:
     """Rows of a NumPy array, read block by block as float64 tensors in fitted units.
 
@@ -114,12 +117,11 @@ class Rows:
     device : torch.device
     weight : ndarray of shape (N,), optional
         Sample weights; None stands for ones.
-    keep : {"rows", "columns"} or None, default=None
+    keep : {"rows", "columns", "never"} or None, default=None
         For rows that many passes will read: convert them once and keep them, if that is a small
         amount of memory. They lie row by row, for whoever gathers rows, or column by column, for
-        whoever multiplies columns.
-    once : bool, default=False
-        Whether each row is read once: then no device keeps them.
+        whoever multiplies columns. None: only a GPU keeps them. "never": nor does that, for rows
+        that are read once.
 
     Attributes
     ----------
@@ -136,8 +138,7 @@ class Rows:
         device: torch.device,
         weight: np.ndarray | None = None,
         *,
-        keep: Literal["rows", "columns"] | None = None,
-        once: bool = False,
+        keep: Keep = None,
     ) -> None:
         self.n_rows, self.n_features = X.shape
         self.dtype = X.dtype
@@ -146,16 +147,18 @@ class Rows:
         self._affine = affine
         self._weight = np.broadcast_to(1.0, self.n_rows) if weight is None else weight
         if isinstance(X, Densified):
-            keep = None
+            keep = "never"
         elif device.type != "cpu":
-            keep = None if once else keep or "rows"
+            keep = keep or "rows"
         elif 8 * X.size > _RESIDENT_BYTES:
             keep = None
-        self.kept = keep is not None
-        self._resident = None if keep is None else self._keep(keep)
+        self._resident: tuple[Tensor, Tensor] | None = None
+        if keep in ("rows", "columns"):
+            self._resident = self._keep(keep)
+        self.kept = self._resident is not None
         self.workspace = Workspace()
 
-    def _keep(self, layout: Literal["rows", "columns"]) -> tuple[Tensor, Tensor]:
+    def _keep(self, layout: Keep) -> tuple[Tensor, Tensor]:
         kept = torch.empty(self.n_features, self.n_rows, dtype=torch.float64, device=self.device)
         kept = kept.T if layout == "columns" else kept.view(self.n_rows, self.n_features)
         weight = torch.empty(self.n_rows, dtype=torch.float64, device=self.device)
@@ -167,8 +170,7 @@ class Rows:
         x = np.array(self._X[rows], dtype=np.float64)  # a copy: the input is never written to
         x -= self._affine.shift
         x /= self._affine.scale
-        weight = np.array(self._weight[rows], dtype=np.float64)
-        return torch.from_numpy(x).to(self.device), torch.from_numpy(weight).to(self.device)
+        return torch.from_numpy(x).to(self.device), self.weights(rows)
 
     def read(self, rows: slice | np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the rows (B, D) of a slice or an index in fitted units, and their weights (B,)."""
@@ -177,8 +179,8 @@ class Rows:
         x, weight = self._resident
         return x[rows], weight[rows]
 
-    def weights(self, rows: slice) -> Tensor:
-        """Return the weights (B,) of the rows of a slice."""
+    def weights(self, rows: slice | np.ndarray) -> Tensor:
+        """Return the weights (B,) of the rows of a slice or an index."""
         if self._resident is None:
             weight = np.array(self._weight[rows], dtype=np.float64)
             return torch.from_numpy(weight).to(self.device)
@@ -194,11 +196,8 @@ class Rows:
 
     def fill(self, rows: slice, out: Tensor) -> None:
         """Write the rows of a slice in fitted units to `out` (B, D), without another copy."""
-        if self._resident is not None:
-            out.copy_(self._resident[0][rows])
-            return
-        if self.device.type != "cpu":
-            out.copy_(self._convert(rows)[0])
+        if self.kept or self.device.type != "cpu":
+            out.copy_(self.read(rows)[0])
             return
         x, shift, scale = self._X[rows], self._affine.shift, self._affine.scale
         # torch takes all threads, but neither read-only memory nor negative strides
