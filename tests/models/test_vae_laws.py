@@ -138,6 +138,35 @@ def test_nothing_of_a_detached_posterior_has_a_gradient(posterior, rng):
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_densities_of_pairs_are_those_of_the_laws(posterior, rng):
+    q = _model(posterior=posterior, k=3).posterior(_x(rng, 4))
+    z = _normal_draws(6, 3).requires_grad_()
+    assert torch.allclose(q.log_prob_pairs(z), q.log_prob(z[:, None]), rtol=1e-12)
+    slopes = _normal_draws(6, 4)
+    gradients = [
+        torch.autograd.grad((slopes * values).sum(), z)[0]
+        for values in (q.log_prob_pairs(z), q.log_prob(z[:, None]))
+    ]
+    assert torch.allclose(*gradients, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("log_var", "digits"), [(-20.9, 1e-4), (-8.0, 5e-10), (0.0, 5e-13)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("centre", [0.0, 1000.0])
+def test_products_of_narrow_laws_keep_their_digits(log_var, digits, dtype, centre):
+    """Draws of each law under all of them, by terms in extended precision."""
+    generator = make_generator(0)
+    mean = torch.empty(20, 50, dtype=dtype).normal_(centre, 1.0, generator=generator)
+    q = Diagonal(mean, torch.full_like(mean, log_var))
+    z = q.draw(torch.empty(20, 50, dtype=dtype).normal_(generator=generator))
+    exact = [value.numpy().astype(np.longdouble) for value in (z[:, None], *q)]
+    squares = (exact[0] - exact[1]) ** 2 / np.exp(exact[2])
+    expected = -0.5 * (np.log(2 * np.longdouble(np.pi)) + exact[2] + squares).sum(-1)
+    # the last rounding is that of the answer
+    error = np.abs(q.log_prob_pairs(z).numpy() - expected)
+    assert (error <= torch.finfo(dtype).eps * np.abs(expected) + digits).all()
+
+
 def test_selected_rows_keep_their_posterior(posterior, rng):
     q = _model(posterior=posterior).posterior(_x(rng, 4), torch.ones(4, 3, dtype=torch.bool))
     index = torch.tensor([3, 1, 3])

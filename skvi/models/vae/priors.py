@@ -71,11 +71,10 @@ class Mixture(NamedTuple):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """``log p(z)``, (..., k) -> (...); in blocks, since every pair of z and j is visited."""
-        flat = z.reshape(-1, 1, z.shape[-1])
-        size = len(self.log_weight) * z.shape[-1]
+        size = min(block_rows(self.components.floats_per_draw(), z.device), _MOST_DRAWS)
         values = [
-            (self.log_weight + self.components.log_prob(block)).logsumexp(-1)
-            for block in flat.split(min(block_rows(size, z.device), _MOST_DRAWS))
+            (self.log_weight + self.components.log_prob_pairs(block)).logsumexp(-1)
+            for block in z.reshape(-1, z.shape[-1]).split(size)
         ]
         return torch.cat(values).reshape(z.shape[:-1])
 
