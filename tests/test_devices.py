@@ -380,6 +380,8 @@ def test_priors_and_posteriors(prior, missing, posterior_type):
         {"noise_std": 0.5},
         {"hidden_layer_sizes": ()},
         {"encoder": torch.nn.Linear(4, 4), "decoder": torch.nn.Linear(2, 4)},
+        {"encoder": torch.nn.Linear, "decoder": torch.nn.Linear},
+        {"precision": "auto", "likelihood": "student_t"},
     ],
     ids=str,
 )
@@ -393,6 +395,29 @@ def test_ways_of_training(params):
         atol=tolerance,
         emulated=True,
     )
+
+
+def test_a_cut_fit_goes_on_from_its_checkpoint(monkeypatch, tmp_path):
+    X = load_iris().data[:60]
+
+    def cut(name, epoch, *args, **options):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    def use(model):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(vae_module, "announce_epoch", cut)
+            model.fit(X)
+        assert model.checkpoint.exists()
+        model.fit(X)
+        whole = clone(model).set_params(checkpoint=None).fit(X)
+        assert model.elbo_history_ == whole.elbo_history_
+        return _answers(model, ["score_samples", "transform"], X)
+
+    def make(device):
+        return _vae(device, early_stopping=True, max_iter=4, checkpoint=tmp_path / f"{device}.npz")
+
+    _compare(make, use, rtol=1e-6, emulated=True)
 
 
 def test_autoencoder_of_a_stream():
