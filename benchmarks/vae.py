@@ -290,5 +290,8 @@ def run(
     if "density" in parts:
         density(report, n_splits=1 if quick else 3)
     runs = [part for part in parts if part in RUNS]
-    if runs and (budget or not quick) and (DATA / "mnist.npz").exists():
-        mnist.run(report, runs, budget or [2.0])
+    if runs and (only or budget or not quick):
+        if (DATA / "mnist.npz").exists():
+            mnist.run(report, runs, budget or [2.0])
+        else:
+            print("\nTraining on MNIST is measured where mnist.npz is.")

@@ -104,7 +104,7 @@ def check_reach(values: np.ndarray) -> None:
 class VariationalEstimator(BaseEstimator):
     """Base class: input validation with a device, sample weights, and nothing else.
 
-    Subclasses have a ``device`` parameter.
+    Subclasses have the parameters ``device`` and ``warm_start``, and `_model` once they are fitted.
     """
 
     def _door(
@@ -164,6 +164,20 @@ class VariationalEstimator(BaseEstimator):
         if check_values:
             _check_range(X, "X")
         return Door(X, y, device)
+
+    def _continues(self) -> bool:
+        """Whether `fit` goes on from the last one."""
+        return self.warm_start and hasattr(self, "_model")
+
+    def _fit_door(self, X: Any, y: Any = None, **params: Any) -> Door:
+        """Return the door of a fit; one that continues takes the features of the last one only."""
+        continues = self._continues()
+        try:
+            return self._door(X, y, reset=not continues, **params)
+        except ValueError as error:
+            if continues and "feature" in str(error):
+                error.add_note("Set warm_start=False to fit other features, or fit a clone.")
+            raise
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:

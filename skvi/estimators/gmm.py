@@ -390,7 +390,7 @@ class VariationalGMM(
             another shape.
         """
         with self._all_or_nothing():
-            self._fit(X, sample_weight, warm=self.warm_start and hasattr(self, "_model"))
+            self._fit(X, sample_weight, warm=self._continues())
         self._warn_unless_converged()
         return self
 
@@ -442,7 +442,7 @@ class VariationalGMM(
         return self
 
     def _fit(self, X: Any, sample_weight: Any, *, warm: bool) -> None:
-        door = self._door(X, reset=True, ensure_min_samples=2, ensure_all_finite="allow-nan")
+        door = self._fit_door(X, ensure_min_samples=2, ensure_all_finite="allow-nan")
         weight = self._weights(sample_weight, door.X)
         X, weight = without_weightless(weight, door.X)
         if has_missing(X):

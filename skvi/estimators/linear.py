@@ -376,13 +376,13 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             # The products of the rows tell whether all values are finite and in range. Weights
             # could hide some, and sparse rows are cheaper to look at than to multiply.
             look_first = sample_weight is not None or sparse.issparse(X)
-            door = self._door(X, y, reset=True, target=True, check_values=look_first)
+            door = self._fit_door(X, y, target=True, check_values=look_first)
             rows, outputs, weight = self._seen_rows(door, sample_weight)
             group = self._group(rows.shape[1])
             reduced = self._reduce_in_one_pass(rows, outputs, weight, group, door.device)
             if reduced is None:
                 if not look_first:
-                    door = self._door(X, y, reset=True, target=True)
+                    door = self._fit_door(X, y, target=True)
                 reduced = self._reduce(rows, outputs, weight, group, door.device)
             statistics, (x, spread_x), (y, spread_y) = reduced
             self._fit(door, statistics, self._hyperparameters(spread_x, spread_y, group), x, y)
@@ -409,7 +409,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
                 "every pass; pass X.toarray() if it fits into memory."
             )
         with self._all_or_nothing():
-            door = self._door(X, y, reset=True, target=True)
+            door = self._fit_door(X, y, target=True, multi_output=False)
             rows, outputs, weight = self._seen_rows(door, sample_weight)
             group = self._group(rows.shape[1])
             x, spread_x = self._units(*weighted_moments(rows, weight), group)
@@ -422,7 +422,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
             )
             prior = self._hyperparameters(spread_x, spread_y, group)
             precision = torch.ones_like(data.weight)
-            if self.warm_start and hasattr(self, "_model"):
+            if self._continues():
                 precision = self._precision_before(rows, outputs, door.device)
             statistics = robust.reweigh(data, precision)
             self._fit(door, statistics, prior, x, y_units, data)
@@ -690,7 +690,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         if self.prior == "fixed":
             known = np.full(shape, self.weight_precision) / scale_x / scale_x
             return evaluate(statistics, prior, torch.as_tensor(known, device=device))
-        if not (self.warm_start and hasattr(self, "_model")):
+        if not self._continues():
             alpha = start(statistics, prior)
             if isinstance(prior.weight, HorseshoePrior):
                 scale = alpha[:, 0] / prior.weight.unit.mean()
@@ -1162,9 +1162,6 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
     ) -> Door:
         if sparse.issparse(X):
             X = canonical(X.tocsr())  # SciPy would merge repeated entries in the caller's arrays
-        # a fit that there is knows how many outputs it has, whatever `noise` says now
-        if target and reset and self.noise == "student_t":
-            check_params = {"multi_output": False, **check_params}
         check_params = {"accept_sparse": "csr", **check_params}
         return super()._door(X, y, reset=reset, target=target, **check_params)
 

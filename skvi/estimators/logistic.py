@@ -296,7 +296,7 @@ class BayesianLogisticVI(ClassifierMixin, TransformerMixin, VariationalEstimator
             leaves the range of float64; for a `warm_start` from a fit of another prior or shape.
         """
         with self._all_or_nothing():
-            door = self._door(X, y, reset=True, labels=True)
+            door = self._fit_door(X, y, labels=True)
             weight = self._weights(sample_weight, door.X)
             X, y, weight = without_weightless(weight, door.X, door.y)
             classes, codes = np.unique(y, return_inverse=True)
@@ -378,7 +378,7 @@ class BayesianLogisticVI(ClassifierMixin, TransformerMixin, VariationalEstimator
         shape = (n_models, len(scale_x))
         scale = torch.ones(n_models, dtype=torch.float64, device=device)
         tilt = torch.full_like(design.sign, _FIRST_TILT)
-        if self.warm_start and hasattr(self, "_model"):
+        if self._continues():
             model = self._model
             same_classes = np.array_equal(classes_before, self.classes_)
             if (model.kind, *model.alpha.shape) != (self.prior, *shape) or (

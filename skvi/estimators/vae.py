@@ -66,7 +66,7 @@ from skvi.models.vae.networks import (
 )
 from skvi.models.vae.objective import split_missing
 from skvi.models.vae.posteriors import POSTERIORS
-from skvi.models.vae.priors import HALF_WIDTH, PRIORS
+from skvi.models.vae.priors import HALF_WIDTH, MOMENT_DRAWS, PRIORS
 from skvi.runtime.blocks import Affine, Rows, block_rows, row_slices
 from skvi.runtime.device import has_fast_bfloat16, resolve_device
 from skvi.runtime.graph import recorder
@@ -94,6 +94,8 @@ _TRAINING_TOL = 0.01
 # A floor above this (a tenth of the variance) tells of a constant or almost constant feature, not
 # of a network that explains too much.
 _ORDINARY_FLOOR = math.sqrt(0.1)
+# Predicted deviations are compared with it in about so many rows.
+_FLOOR_ROWS = 1000
 # Attributes that only some likelihoods have.
 _LEARNED = ("noise_std", "noise_floor", "dof", "dispersion")
 # Priors with components.
@@ -231,7 +233,7 @@ class VAETransformer(
         Rows per step. "auto": 128, or 256 from 10000 training rows on.
     max_iter : int, default=None
         Number of epochs of `fit`. None: as many as make 2000 optimiser steps, at least 20, but
-        no more than make 20000 steps.
+        no more than make 20000 steps; one in any case.
     early_stopping : bool or "auto", default="auto"
         Whether to hold out rows, stop when their bound has not risen for `n_iter_no_change`
         epochs, and return to the epoch where it was highest; with ``n_importance > 1`` that is the
@@ -243,8 +245,8 @@ class VAETransformer(
         Patience of early stopping, in epochs. Without held-out rows: the window that decides
         `converged_`. None: a fifth of the epochs, at least 10.
     n_mc : int, default=32
-        Draws of z per row when scoring. From twice `n_components` on errors of scores are smaller
-        by orders of magnitude; see :meth:`score_samples`.
+        Draws of z per row when scoring. From twice `n_components` on errors of scores are ten to
+        two hundred times smaller; see :meth:`score_samples`.
     precision : {"auto", "bfloat16", "float32", "float64"}, default="auto"
         Of the arithmetic of training. "bfloat16": the products of the hidden layers read numbers
         of 8 binary digits, while weights, optimiser, losses and the recorded bounds stay
@@ -258,7 +260,8 @@ class VAETransformer(
         explicit device that is missing is an error.
     random_state : int, RandomState instance or None, default=None
         Seeds the start, the minibatches, and the draws of training and of scoring. None takes
-        fresh entropy; the global generators are neither read nor set.
+        fresh entropy. The global generators are neither read nor set; only while a callable
+        builds a network torch's is set, for it to draw from, and then put back.
     warm_start : bool, default=False
         `fit` continues with the weights, the optimiser's moments, the units, the likelihood and
         the seed of the previous fit. The same X has the same rows held out again.
@@ -309,8 +312,8 @@ class VAETransformer(
         Student's t only: degrees of freedom, between 1 and 100.
     dispersion_ : ndarray of shape (n_features,)
         Negative binomial only: the variance of a cell of mean m is ``m + dispersion m^2``.
-    n_samples_seen_ : int
-        Rows of positive weight in the last `fit` and in the calls of `partial_fit` since.
+    n_samples_seen_ : float
+        Total weight of the rows of the last `fit` and of the calls of `partial_fit` since.
     n_features_in_ : int
     feature_names_in_ : ndarray of shape (n_features_in_,)
         Only if X had feature names that are all strings.
@@ -366,7 +369,7 @@ class VAETransformer(
 
     _model: _Model
     elbo_history_: list[float]
-    n_samples_seen_: int
+    n_samples_seen_: float
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "n_components": [Interval(Integral, 1, None, closed="left")],
@@ -471,9 +474,9 @@ class VAETransformer(
         y : Ignored
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
-            How much each row counts in the units of X, the losses and the bounds. Rows of weight
-            zero are left out; a common factor of all weights changes only `elbo_` and the
-            histories.
+            How often each row counts, in the units of X, the losses, the bounds and against the
+            prior of the networks' weights: an integer weight stands for that many
+            repeated rows, which minibatches visit at once. Rows of weight zero are left out.
 
         Returns
         -------
@@ -493,10 +496,10 @@ class VAETransformer(
             if features sit on the noise floor; and if no code is in use (see `active_units_`).
         """
         with self._all_or_nothing():
-            door = self._door(X, reset=True, ensure_min_samples=2, **_ACCEPTED)
+            model = self._model if self._continues() else None
+            door = self._fit_door(X, ensure_min_samples=2, **_ACCEPTED)
             weight = self._weights(sample_weight, door.X)
             X, weight = without_weightless(weight, _canonical(door.X))
-            model = self._model if self.warm_start and hasattr(self, "_model") else None
             n_validation = self._n_validation(X.shape[0])
             n_train = X.shape[0] - n_validation
             batch_size = self._batch_size(n_train)
@@ -511,7 +514,7 @@ class VAETransformer(
                     door.device,
                     model,
                     architecture,
-                    n_before=0,
+                    n_before=0.0,
                     n_validation=n_validation,
                     batch_size=batch_size,
                     n_epochs=n_epochs,
@@ -535,7 +538,7 @@ class VAETransformer(
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        self._warn_of_degeneracy()
+        self._warn_of_degeneracy(X, door.device)
         return self
 
     @fit_context(prefer_skip_nested_validation=True)
@@ -572,7 +575,7 @@ class VAETransformer(
             weight = self._weights(sample_weight, door.X)
             X, weight = without_weightless(weight, _canonical(door.X))
             history = [] if model is None else self.elbo_history_
-            n_before = 0 if model is None else self.n_samples_seen_
+            n_before = 0.0 if model is None else self.n_samples_seen_
             self._train(
                 X,
                 weight,
@@ -600,7 +603,7 @@ class VAETransformer(
         model: _Model | None,
         architecture: Architecture,
         *,
-        n_before: int,
+        n_before: float,
         n_validation: int,
         batch_size: int,
         n_epochs: int,
@@ -625,9 +628,10 @@ class VAETransformer(
 
         # Of the same X, a warm start holds the same rows out, so that they are never trained on: on
         # another device too, whose generator gives other numbers.
-        order = torch.from_numpy(make_rng(seed).permutation(X.shape[0])).to(device)
+        sets = np.split(make_rng(seed).permutation(X.shape[0]), [n_validation])
+        held_out, rows = (torch.from_numpy(part).to(device) for part in sets)
+        n_trained = n_before + float(weight[sets[1]].sum())
         generator = make_generator(_derive_seed(seed, n_epochs_before), device)
-        held_out, rows = order[:n_validation], order[n_validation:]
         w = torch.tensor(weight, device=device)
         for part in (held_out, rows):
             w[part] = _of_mean_one(w[part])
@@ -650,7 +654,7 @@ class VAETransformer(
         w = w.to(dtype)
         net.set_product_dtype(self._product_dtype(architecture, batch_size, device))
         optimizer = adam(
-            objective.parameter_groups(net, n_before + len(rows)),
+            objective.parameter_groups(net, n_trained),
             self.learning_rate_init,
             None if model is None else model.optimizer,
         )
@@ -679,12 +683,16 @@ class VAETransformer(
             )
 
         total = float(weight.sum())
-        per_row = -weighted_mean(np.broadcast_to(_log_scale(X, affine), X.shape[0]), weight)
+        # What brings mean bounds to the units of X. Sets of rows with holes differ in it.
+        log_scale = np.broadcast_to(_log_scale(X, affine), X.shape[0])
+        of_held_out, of_rows = (
+            -weighted_mean(log_scale[part], weight[part]) if len(part) else 0.0 for part in sets
+        )
 
         def report(epoch: int, bound: float, validation: float | None) -> None:
-            validation = None if validation is None else validation + per_row
+            validation = None if validation is None else validation + of_held_out
             name = type(self).__name__
-            announce_epoch(name, epoch, bound + per_row, validation, verbose=self.verbose)
+            announce_epoch(name, epoch, bound + of_rows, validation, verbose=self.verbose)
 
         n_draws = math.ceil(_VALIDATION_DRAWS / n_importance) * n_importance
         make = matched_noise if n_importance == 1 else shared_noise
@@ -692,7 +700,7 @@ class VAETransformer(
         noise = noise.reshape(-1, n_importance, architecture.n_components)
 
         def validate() -> Tensor:
-            return _mean_bound(net, cells, w, held_out, noise)
+            return _mean_bound(net, cells, w, held_out, noise, architecture.floats_per_draw)
 
         def save(export: Callable[[], State]) -> None:
             if keeper is not None:
@@ -732,10 +740,10 @@ class VAETransformer(
             seed,
             n_epochs_before + len(descent.history),
         )
-        self.n_samples_seen_ = n_before + X.shape[0]
-        self.elbo_history_ = [total * (bound + per_row) for bound in descent.history]
+        self.n_samples_seen_ = n_before + total
+        self.elbo_history_ = [total * (bound + of_rows) for bound in descent.history]
         self.validation_elbo_history_ = [
-            total * (bound + per_row) for bound in descent.validation_history
+            total * (bound + of_held_out) for bound in descent.validation_history
         ]
         self._publish(X, weight, device)
         return descent
@@ -791,7 +799,7 @@ class VAETransformer(
             law = self._model.on(like.device, like.dtype).prior_law(like)
             return to_numpy(law.moments()[1])
 
-    def _warn_of_degeneracy(self) -> None:
+    def _warn_of_degeneracy(self, X: np.ndarray, device: torch.device) -> None:
         if not self.active_units_.any():
             warnings.warn(
                 "No code is in use: the posterior of every row is the prior, and decoding ignores "
@@ -800,7 +808,7 @@ class VAETransformer(
                 ConvergenceWarning,
                 stacklevel=4,
             )
-        on_floor = self._on_floor()
+        on_floor = self._on_floor(X, device)
         if on_floor.size:
             warnings.warn(
                 f"The noise of features {on_floor.tolist()} is on its floor (see "
@@ -811,11 +819,21 @@ class VAETransformer(
                 stacklevel=4,
             )
 
-    def _on_floor(self) -> np.ndarray:
-        """Return the columns whose learned noise is on its floor."""
-        if not (hasattr(self, "noise_std_") and hasattr(self, "noise_floor_")):
+    def _on_floor(self, X: np.ndarray, device: torch.device) -> np.ndarray:
+        """Return the columns whose noise is on its floor; if it is predicted, in most rows."""
+        if not hasattr(self, "noise_floor_"):
             return np.empty(0, dtype=int)
-        at_floor = self.noise_std_ < math.sqrt(2.0) * self.noise_floor_
+        std = getattr(self, "noise_std_", np.full_like(self.noise_floor_, np.nan))
+        predicted = np.isnan(std) & ~np.isnan(self.noise_floor_)
+        if predicted.any():
+            some = X[:: math.ceil(X.shape[0] / _FLOOR_ROWS)]
+            net = self._model.on(device, torch.float64)
+            with torch.no_grad():
+                z = torch.tensor(self._encode(some, device)[0], dtype=torch.float64, device=device)
+                var = to_numpy(net.likelihood.variance(net.decoder(z)))  # (B, D)
+            median = np.median(np.sqrt(var), axis=0) * self._model.affine.scale
+            std = np.where(predicted, median, std)
+        at_floor = std < math.sqrt(2.0) * self.noise_floor_
         ordinary = self.noise_floor_ < _ORDINARY_FLOOR * self._model.affine.scale
         return np.flatnonzero(at_floor & ordinary)
 
@@ -1148,8 +1166,9 @@ class VAETransformer(
         filled, std = X.copy(), np.zeros_like(X)
         some = missing.any(axis=1)
         if some.any():
-            floats_per_row = min(n_importance, _DRAWS_PER_BLOCK) * 2 * self._floats_per_draw()
-            mean, var = self._evaluate(X[some], device, floats_per_row, evaluate)
+            # of which every cell has two moments
+            n_draws = 2 * min(n_importance, _DRAWS_PER_BLOCK)
+            mean, var = self._evaluate(X[some], device, n_draws, evaluate)
             filled[missing] = self._original_units(mean)[missing[some]]
             std[missing] = (np.sqrt(var) * self._model.affine.scale)[missing[some]]
         return (filled, std) if return_std else filled
@@ -1184,7 +1203,8 @@ class VAETransformer(
         x = []
         with torch.no_grad():
             z = net.prior.code(net.prior_law(like).sample(n_samples, generator))
-            for block in z.split(block_rows(self._floats_per_draw(), device)):
+            floats = self._model.architecture.floats_per_draw
+            for block in z.split(block_rows(floats, device)):
                 output, law = net.decoder(block), net.likelihood
                 x.append(to_numpy(law.mean(output) if mean else law.sample(output, generator)))
         return self._original_units(np.concatenate(x)), to_numpy(z)
@@ -1240,7 +1260,8 @@ class VAETransformer(
         check_is_fitted(self)
         refine = check_count(refine, "refine")
         X, device = self._checked(X)
-        return self._score_rows(X, device, refine) - self._score_rows(X, device)
+        gap = self._score_rows(X, device, refine) - self._score_rows(X, device)
+        return np.maximum(gap, 0.0)  # the two are sums in other orders
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Return the weighted mean of :meth:`score_samples`, in nats per row.
@@ -1289,8 +1310,9 @@ class VAETransformer(
             \log \tfrac1K \sum_{k=1}^K \frac{p(x_n|z_k)\,p(z_k)}{q(z_k|x_n)},
             \qquad z_k \sim q(z|x_n)
 
-        In expectation it lies between the bound of :meth:`score_samples` and ``log p(x)``, and
-        rises with K (Burda et al. 2016, theorem 1). The draws are shared by all rows.
+        In expectation it lies between the bound of :meth:`score_samples` and ``log p(x)``, which it
+        approaches as K grows (Burda et al. 2016, theorem 1, for independent draws; these come in
+        antithetic pairs and are shared by all rows).
 
         Parameters
         ----------
@@ -1311,8 +1333,8 @@ class VAETransformer(
             noise = self._model.noise(n_importance, x, matched=False)
             return (objective.log_predictive(net, x, observed, noise, _DRAWS_PER_BLOCK),)
 
-        floats_per_row = min(n_importance, _DRAWS_PER_BLOCK) * self._floats_per_draw()
-        (values,) = self._evaluate(X, device, floats_per_row, evaluate)
+        n_draws = min(n_importance, _DRAWS_PER_BLOCK)
+        (values,) = self._evaluate(X, device, n_draws, evaluate)
         return values.astype(np.float64) - _log_scale(X, self._model.affine)
 
     # -- the way to the network and back ----------------------------------------------------------
@@ -1343,30 +1365,25 @@ class VAETransformer(
                 "weight them so that they count in the fit."
             )
 
-    def _floats_per_draw(self) -> int:
-        architecture = self._model.architecture
-        widest = architecture.widest_layer
-        k = architecture.n_components
-        # every pair of a draw and a component of the prior, and the square roots of covariances
-        pairs = k * (architecture.n_prior_components + k)
-        return architecture.n_outputs + pairs + 2 * widest
-
     @torch.inference_mode(False)  # refining needs gradients, whatever mode the caller is in
     def _evaluate(
         self,
         X: np.ndarray,
         device: torch.device,
-        floats_per_row: int,
+        n_draws: int,
         function: Callable[[VAE, Tensor, Tensor | None], tuple[Tensor, ...]],
     ) -> list[np.ndarray]:
-        """Apply `function` to blocks of rows in fitted units and masks; concatenate the results."""
+        """Apply `function` to blocks of rows in fitted units and masks; concatenate the results.
+
+        It has memory for `n_draws` codes of each row at a time.
+        """
         dtype = _torch_dtype(X)
         net = self._model.on(device, dtype)
         rows = Rows(by_rows(X), self._model.affine, device, keep="never")
         with torch.no_grad():
             parts = [
                 [value.cpu().numpy() for value in function(net, *split_missing(x.to(dtype)))]
-                for _, x, _ in rows.blocks(floats_per_row)
+                for _, x, _ in rows.blocks(n_draws * self._model.architecture.floats_per_draw)
             ]
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
@@ -1392,14 +1409,16 @@ class VAETransformer(
             return mean, var.sqrt()
 
         n_draws = max(_REFINING_DRAWS, min(n_mc, _DRAWS_PER_BLOCK)) if refine else 1
-        mean, std = self._evaluate(X, device, n_draws * self._floats_per_draw(), evaluate)
+        if self._model.architecture.posterior == "flow":  # which has no moments in closed form
+            n_draws = max(n_draws, MOMENT_DRAWS)
+        mean, std = self._evaluate(X, device, n_draws, evaluate)
         return mean, std
 
     def _decode(self, Z: np.ndarray, device: torch.device) -> np.ndarray:
         net = self._model.on(device, _torch_dtype(Z))
         with torch.no_grad():
             blocks = torch.tensor(Z, device=device).split(
-                block_rows(self._floats_per_draw(), device)
+                block_rows(self._model.architecture.floats_per_draw, device)
             )
             means = [to_numpy(net.likelihood.mean(net.decoder(z))) for z in blocks]
         with np.errstate(over="ignore", invalid="ignore"):
@@ -1424,9 +1443,8 @@ class VAETransformer(
             return objective.elbo_terms(net, x, observed, noise, _DRAWS_PER_BLOCK, output)
 
         n_draws = max(min(n_mc, _DRAWS_PER_BLOCK), _REFINING_DRAWS if refine else 1)
-        floats_per_row = n_draws * self._floats_per_draw()
         terms = ElboTerms(
-            *(v.astype(np.float64) for v in self._evaluate(X, device, floats_per_row, evaluate))
+            *(v.astype(np.float64) for v in self._evaluate(X, device, n_draws, evaluate))
         )
         change_of_units = _log_scale(X, self._model.affine)
         return terms._replace(
@@ -1519,6 +1537,7 @@ def _mean_bound(
     weight: Tensor,
     rows: Tensor,
     noise: Tensor,
+    floats_per_draw: int,
 ) -> Tensor:
     """Return the weighted mean bound of some resident rows, in fitted units.
 
@@ -1526,7 +1545,7 @@ def _mean_bound(
     """
     n_groups, n_importance, _ = noise.shape
     total = weight.new_zeros(())
-    floats_per_row = n_groups * n_importance * net.likelihood.n_features
+    floats_per_row = n_groups * n_importance * floats_per_draw
     for block in rows.split(block_rows(floats_per_row, rows.device)):
         x, observed = cells(block)
         if n_importance == 1:

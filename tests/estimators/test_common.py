@@ -131,6 +131,19 @@ def test_grid_search_in_a_pipeline_with_two_processes(estimator):
 
 
 @every_estimator
+def test_a_warm_start_refuses_other_features(estimator):
+    X, y = _data(estimator)
+    model = clone(estimator).set_params(warm_start=True).fit(X, y)
+    before = model.score(X, y)
+    for other in (X[X.columns[::-1]], X[X.columns[:-1]]):
+        with pytest.raises(ValueError, match=r"(?s)feature names.*warm_start=False"):
+            model.fit(other, y)
+    assert model.score(X, y) == before
+    model.set_params(warm_start=False).fit(X[X.columns[::-1]], y)
+    assert list(model.feature_names_in_) == list(X.columns[::-1])
+
+
+@every_estimator
 @pytest.mark.parametrize("container", ["pandas", "polars"])
 def test_set_output_and_feature_names(estimator, container):
     X, y = _data(estimator)

@@ -193,9 +193,9 @@ def test_early_stopping_looks_at_the_bound_that_is_climbed(iris, monkeypatch):
     shapes = []
     mean_bound = module._mean_bound
 
-    def record(net, cells, weight, rows, noise):
+    def record(net, cells, weight, rows, noise, floats_per_draw):
         shapes.append(tuple(noise.shape))
-        return mean_bound(net, cells, weight, rows, noise)
+        return mean_bound(net, cells, weight, rows, noise, floats_per_draw)
 
     monkeypatch.setattr(module, "_mean_bound", record)
     for n_importance in (1, 3, 20):

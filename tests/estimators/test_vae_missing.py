@@ -188,6 +188,20 @@ def test_partial_fit_and_held_out_rows_take_holes(iris):
     assert np.isfinite(vae.validation_elbo_history_).all()
 
 
+def test_histories_are_in_the_units_of_the_cells_that_their_rows_have(iris):
+    """Other units move the bound of a row by the log of their ratio for each observed cell."""
+    X, holes = _with_holes(iris)
+    common = {"early_stopping": True, "validation_fraction": 0.2, "max_iter": 2}
+    here, there = (_fit(_short(**common), X * unit) for unit in (1.0, 2.0**20))
+    moved = [
+        (np.subtract(getattr(here, name), getattr(there, name)) / 150 / np.log(2.0**20))
+        for name in ("elbo_history_", "validation_elbo_history_")
+    ]  # observed cells per row, in each epoch
+    n_cells = np.array([120, 30])[:, None] * moved
+    np.testing.assert_allclose(n_cells, n_cells.round(), atol=1e-6)
+    np.testing.assert_allclose(n_cells.sum(0), (~holes).sum(), atol=1e-6)
+
+
 def test_posterior_and_interpolate(iris):
     vae = _fit(_short(), iris)
     means, stds = vae.posterior(iris)

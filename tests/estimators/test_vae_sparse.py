@@ -110,7 +110,7 @@ def test_every_way_to_train(counts, params):
         for rows in (counts, sparse.csr_array(counts))
     ]
     assert models[0].elbo_ == pytest.approx(models[1].elbo_, rel=1e-9)
-    assert models[0].n_samples_seen_ == models[1].n_samples_seen_ == 200
+    assert models[0].n_samples_seen_ == models[1].n_samples_seen_ == weight.sum()
     np.testing.assert_allclose(models[0].elbo_history_, models[1].elbo_history_, rtol=1e-6)
 
 

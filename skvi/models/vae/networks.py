@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from skvi.models.vae.fused import ACTIVATIONS, ResidualProduct
 from skvi.models.vae.likelihoods import Block, Mixed, build_likelihood
-from skvi.models.vae.posteriors import POSTERIORS, Posterior
+from skvi.models.vae.posteriors import POSTERIORS, Diagonal, Full, Posterior
 from skvi.models.vae.priors import PRIORS, Law
 
 # Arrays of so many numbers are taken from the system at every step, page by page, and given back:
@@ -82,6 +82,15 @@ class Architecture(NamedTuple):
         """Numbers that the widest layer of both networks makes of one row."""
         custom = [network.width for network in (self.encoder, self.decoder) if network]
         return max([*self.hidden_layer_sizes, *custom], default=0)
+
+    @property
+    def floats_per_draw(self) -> int:
+        """Numbers of workspace that a code takes on its way to a density, decoder and prior."""
+        k, own = self.n_components, POSTERIORS[self.posterior].law
+        prior = Diagonal if self.prior == "mixture" else own
+        laws = own.floats_per_draw(1, k) + prior.floats_per_draw(self.n_prior_components, k)
+        roots = k * k if own is Full else 0
+        return self.n_outputs + 2 * self.widest_layer + laws + roots
 
 
 class ResidualMLP(nn.Module):

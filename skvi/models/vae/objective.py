@@ -145,7 +145,7 @@ def refine(
         return torch.where((bounds[1] > bounds[0])[:, None], after.detach(), before)
 
 
-def parameter_groups(model: VAE, n_rows: int) -> list[dict[str, Any]]:
+def parameter_groups(model: VAE, n_rows: float) -> list[dict[str, Any]]:
     r"""Return all parameters that are trained, those with a prior in a group of their own.
 
     .. math:: \nabla\, \tfrac{\tau}{2N} \|W\|^2 = \tfrac{\tau}{N} W
@@ -158,8 +158,9 @@ def parameter_groups(model: VAE, n_rows: int) -> list[dict[str, Any]]:
     Parameters
     ----------
     model : VAE
-    n_rows : int
-        N, the number of training rows, without those held out.
+    n_rows : float
+        N, the total weight of the training rows, without those held out; less than one counts as
+        one, so that the prior keeps finite.
 
     Returns
     -------
@@ -172,7 +173,7 @@ def parameter_groups(model: VAE, n_rows: int) -> list[dict[str, Any]]:
     curved = [p for p in trained if id(p) in bending]
     groups = [
         {"params": free, "weight_decay": 0.0},
-        {"params": curved, "weight_decay": WEIGHT_PRECISION / n_rows},
+        {"params": curved, "weight_decay": WEIGHT_PRECISION / max(n_rows, 1.0)},
     ]
     return [group for group in groups if group["params"]]
 
@@ -307,8 +308,8 @@ def log_predictive(
         \log \tfrac1K \sum_{k=1}^K \frac{p(x_n|z_k)\,p(z_k)}{q(z_k|x_n)}, \qquad z_k \sim q(z|x_n)
 
     Burda et al. (2016), arXiv:1509.00519, equation 8: in expectation it lies between the ELBO and
-    ``log p(x_n)`` and does not fall as K grows. The mean is taken under the logarithm, never
-    replaced by a self-normalised sum.
+    ``log p(x_n)``, whether draws are independent or not; for independent ones it does not fall as K
+    grows. The mean is taken under the logarithm, never replaced by a self-normalised sum.
 
     Parameters
     ----------

@@ -4,8 +4,8 @@ A family is a module that turns the encoder's output into a law, one per row. Ev
 
 * ``draw(noise)`` and ``draw_with_density(noise)``: reparameterised draws, and ``log q`` of them;
 * ``log_prob(z)``: ``log q(z|x)`` of any codes;
-* ``log_prob_pairs(z)``: that of every draw under every law, and ``floats_per_draw()`` numbers of
-  workspace for each draw;
+* ``log_prob_pairs(z)``: that of every draw under every law, which takes ``floats_per_draw(B, k)``
+  numbers of workspace for each draw;
 * ``entropy()`` and ``kl_standard()``: exact, or None where no closed form exists;
 * ``moments()``: mean and variance of every code, or None likewise;
 * ``detach()``: the same law with parameters that carry no gradient;
@@ -15,12 +15,13 @@ Noise and codes have shape (..., B, k) for the laws of B rows.
 """
 
 import math
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from skvi.distributions import normal
+from skvi.models.vae.likelihoods.base import bend
 
 # log var of q(z|x) stays between -21 and 3: far below any useful precision, and not so far
 # above the prior's variance that a stray row could throw its draws out of the decoder's reach.
@@ -42,10 +43,6 @@ def unbounded_log_var(log_var: Tensor) -> Tensor:
     """Invert `bounded_log_var`; values at or beyond its limits are moved just inside."""
     ratio = ((log_var - _LOG_VAR_CENTRE) / _LOG_VAR_RADIUS).clamp(-0.99, 0.99)
     return _LOG_VAR_CENTRE + _LOG_VAR_RADIUS * torch.atanh(ratio)
-
-
-def _bounded(raw: Tensor, largest: float) -> Tensor:
-    return largest * torch.tanh(raw / largest)
 
 
 class Diagonal(NamedTuple):
@@ -72,21 +69,23 @@ class Diagonal(NamedTuple):
         .. math:: -\tfrac12 z^2 / v + z\, \mu / v - \tfrac12 (\mu^2 / v + \log 2 \pi v)
 
         The terms of narrow laws are larger than their sum, by the squared distance from the centre
-        in units of v; hence float64. Of 50 codes it then keeps 1e-12 nats where v is near one,
-        1e-10 where it is 3e-4, and 3e-5 at the lowest that there is.
+        in units of v; hence float64. That of the likeliest law, which is all that matters where
+        laws are narrow, is then taken from the difference.
         """
         centre = self.mean.detach().mean(0).double()
-        z, mean, log_var = z.double() - centre, self.mean.double() - centre, self.log_var.double()
-        precision = (-log_var).exp()
+        shifted, mean, log_var = z.double() - centre, self.mean.double() - centre, self.log_var
+        precision = (-log_var.double()).exp()
         constant = -0.5 * (normal.LOG_2PI + log_var + mean.square() * precision).sum(-1)  # (B,)
         columns = torch.cat([mean * precision, -0.5 * precision], -1)  # (B, 2k)
-        values = torch.addmm(constant, torch.cat([z, z.square()], -1), columns.T)
-        return values.to(self.mean.dtype)
+        products = torch.addmm(constant, torch.cat([shifted, shifted.square()], -1), columns.T)
+        values = products.to(self.mean.dtype)
+        likeliest = values.detach().max(-1, keepdim=True).indices  # (S, 1)
+        return values.scatter(-1, likeliest, self.select(likeliest).log_prob(z[:, None]))
 
-    def floats_per_draw(self) -> int:
-        """Numbers of workspace that `log_prob_pairs` takes for each draw."""
-        n_laws, k = self.mean.shape
-        return n_laws + 4 * k
+    @staticmethod
+    def floats_per_draw(n_laws: int, n_components: int) -> int:
+        """Numbers of workspace that the densities of a draw under all laws take."""
+        return 3 * n_laws + 8 * n_components
 
     def entropy(self) -> Tensor | None:
         """Exact, (B,)."""
@@ -149,9 +148,10 @@ class Full(NamedTuple):
         """``log q(z_s|x_n)``, (S, k) -> (S, B)."""
         return self.log_prob(z[:, None])
 
-    def floats_per_draw(self) -> int:
-        """Numbers of workspace that `log_prob_pairs` takes for each draw."""
-        return self.mean.numel()
+    @staticmethod
+    def floats_per_draw(n_laws: int, n_components: int) -> int:
+        """Numbers of workspace that the densities of a draw under all laws take."""
+        return 3 * n_laws * n_components
 
     def entropy(self) -> Tensor | None:
         """Exact, (B,)."""
@@ -210,7 +210,7 @@ class Coupling(nn.Module):
             weights = [w.detach() for w in weights]
         hidden = nn.functional.linear(torch.cat([fixed, context], -1), *weights[:2]).tanh()
         stretch, shift = nn.functional.linear(hidden, *weights[2:]).chunk(2, -1)
-        stretch = _bounded(stretch, _LARGEST_LOG_STRETCH)
+        stretch = bend(stretch, _LARGEST_LOG_STRETCH)
         return (stretch, shift) if gate is None else (stretch * gate, shift * gate)
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,9 +284,10 @@ class Flow(NamedTuple):
         """``log q(z_s|x_n)``, (S, k) -> (S, B)."""
         return self.log_prob(z[:, None])
 
-    def floats_per_draw(self) -> int:
-        """Numbers of workspace that `log_prob_pairs` takes for each draw."""
-        return self.mean.numel()
+    @staticmethod
+    def floats_per_draw(n_laws: int, n_components: int) -> int:
+        """Numbers of workspace that the densities of a draw under all laws take."""
+        return n_laws * (2 * n_components + 2 * _COUPLING_WIDTH)
 
     def entropy(self) -> Tensor | None:
         """None: it has no closed form."""
@@ -325,7 +326,14 @@ class DiagonalFamily(nn.Module):
     ----------
     n_components : int
         k.
+
+    Attributes
+    ----------
+    law : type
+        Of the laws that it makes.
     """
+
+    law: ClassVar[type[Posterior]] = Diagonal
 
     def __init__(self, n_components: int) -> None:
         super().__init__()
@@ -378,6 +386,8 @@ class DiagonalFamily(nn.Module):
 class FullFamily(DiagonalFamily):
     """Also the slopes of every code on the ones before it: k (k - 1) / 2 more outputs."""
 
+    law: ClassVar[type[Posterior]] = Full
+
     def __init__(self, n_components: int) -> None:
         super().__init__(n_components)
         self.n_outputs = 2 * n_components + n_components * (n_components - 1) // 2
@@ -391,7 +401,7 @@ class FullFamily(DiagonalFamily):
         """Return the laws of B rows; see :class:`DiagonalFamily`."""
         mean, log_var = self._diagonal(output, known, prior_moments)
         k = self.n_components
-        slopes = _bounded(output[..., 2 * k :], _LARGEST_SLOPE)
+        slopes = bend(output[..., 2 * k :], _LARGEST_SLOPE)
         if known is not None:
             slopes = slopes * known
         slope = output.new_zeros(*output.shape[:-1], k, k)
@@ -408,6 +418,8 @@ class FlowFamily(DiagonalFamily):
     n_components : int
         k. One code alone has nothing to be coupled with: its law stays normal.
     """
+
+    law: ClassVar[type[Posterior]] = Flow
 
     def __init__(self, n_components: int) -> None:
         super().__init__(n_components)

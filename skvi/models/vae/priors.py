@@ -27,7 +27,7 @@ from skvi.runtime.random import matched_noise
 # Of the box: a uniform law on (-b, b) then has unit variance, like the standard normal.
 HALF_WIDTH = math.sqrt(3.0)
 # Draws for the moments of laws that have none in closed form, and the seed of these draws.
-_MOMENT_DRAWS, _MOMENT_SEED = 256, 0
+MOMENT_DRAWS, _MOMENT_SEED = 256, 0
 # CUDA's batched triangular solves have been wrong for twice as many right-hand sides
 # (pytorch/pytorch#187717).
 _MOST_DRAWS = 1 << 18
@@ -71,7 +71,8 @@ class Mixture(NamedTuple):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """``log p(z)``, (..., k) -> (...); in blocks, since every pair of z and j is visited."""
-        size = min(block_rows(self.components.floats_per_draw(), z.device), _MOST_DRAWS)
+        floats = self.components.floats_per_draw(*self.components.mean.shape)
+        size = min(block_rows(floats, z.device), _MOST_DRAWS)
         values = [
             (self.log_weight + self.components.log_prob_pairs(block)).logsumexp(-1)
             for block in z.reshape(-1, z.shape[-1]).split(size)
@@ -113,7 +114,7 @@ def _draws(q: Posterior) -> Tensor:
 @functools.cache  # for recorded steps, which may not make it anew and do not keep it alive
 @torch.inference_mode(False)
 def _moment_noise(n_components: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return matched_noise(_MOMENT_DRAWS, n_components, _MOMENT_SEED).to(device, dtype)
+    return matched_noise(MOMENT_DRAWS, n_components, _MOMENT_SEED).to(device, dtype)
 
 
 def _moments_of_draws(draws: Tensor) -> tuple[Tensor, Tensor]:

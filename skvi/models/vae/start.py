@@ -278,7 +278,7 @@ def initialise(
             model.decoder.linear.weight.copy_(slopes @ posterior.rotation)
             _fill_correction(model.decoder, generator)
         model.family.initialise(generator)
-        _start_prior(model, rows, generator)
+        _start_prior(model, rows, weight, generator)
 
 
 # Blocks of values (B, n), masks (B, n) and shares of the weight (B,).
@@ -354,7 +354,9 @@ def _observed_moments(blocks: Callable[[], _Blocks]) -> tuple[Tensor, Tensor, Te
 def _reach(model: VAE, rows: TrainingRows) -> Tensor:
     """Return the largest deviation of every feature over all rows, (n_inputs,)."""
     reach = torch.zeros_like(model.input_shift)
-    for _, x, observed in rows.blocks(rows.n_rows):
+    size = block_rows(2 * len(reach), rows.device)
+    for index in torch.arange(rows.n_rows, device=rows.device).split(size):
+        x, observed = rows.read(index)
         deviation = (model.likelihood.features(x) - model.input_shift).abs()  # (B, n_inputs)
         if observed is not None:
             deviation *= model.likelihood.per_feature(observed)
@@ -371,12 +373,18 @@ def _fill_encoder(model: VAE, linear: nn.Linear, posterior: LinearPosterior) -> 
     model.family.start(linear)
 
 
-def _start_prior(model: VAE, rows: TrainingRows, generator: torch.Generator) -> None:
-    """Give the prior what the encoder reads of some rows, each at most once if there are enough."""
+def _start_prior(
+    model: VAE, rows: TrainingRows, weight: Tensor, generator: torch.Generator
+) -> None:
+    """Give the prior what the encoder reads of some rows, each at most once if there are enough.
+
+    The next one is a row with a probability in proportion to its weight.
+    """
     n_wanted = model.prior.n_prior_components
     if n_wanted == 0:
         return
-    order = torch.randperm(rows.n_rows, generator=generator, device=rows.device)
+    # the order in which events of these rates come
+    order = (torch.empty_like(weight).exponential_(generator=generator) / weight).argsort()
     chosen = order.repeat(math.ceil(n_wanted / rows.n_rows))[:n_wanted]
     inputs = model.inputs(*rows.read(chosen))
     model.prior.initialise(inputs, model.encoder(inputs)[:, : model.family.n_components])

@@ -14,7 +14,7 @@ _SMALLEST_P = 1e-4
 class Categorical(Likelihood):
     r"""Codes ``0 .. K_j - 1``; the output holds the logits of all levels, column by column.
 
-    .. math:: \log p(x|z) = \sum_j f_{j x_j}(z) - \log \sum_l e^{f_{jl}(z)}
+    .. math:: \log p(x|z) = \sum_j \Bigl[f_{j x_j}(z) - \log \sum_l e^{f_{jl}(z)}\Bigr]
 
     The encoder reads indicators of the levels.
 

@@ -19,7 +19,7 @@ _LOG_SIZE_CENTRE, _LOG_SIZE_RADIUS = 3.5, 10.5
 class Poisson(Likelihood):
     r"""Counts whose variance is their mean; the output holds its logarithm.
 
-    .. math:: \log p(x|z) = \sum_j x_j f_j(z) - e^{f_j(z)} - \log x_j!
+    .. math:: \log p(x|z) = \sum_j \bigl[x_j f_j(z) - e^{f_j(z)} - \log x_j!\bigr]
 
     The encoder reads ``log(1 + x)``.
     """

@@ -23,7 +23,8 @@ _LEAST_DOF, _MOST_DOF, _FIRST_DOF = 1.0, 100.0, 5.0
 class Gaussian(Likelihood):
     r"""Normal with one variance per column, learned with the decoder.
 
-    .. math:: \log p(x|z) = -\tfrac12 \sum_j \log(2\pi\psi_j) + (x_j - f_j(z))^2 / \psi_j,
+    .. math::
+        \log p(x|z) = -\tfrac12 \sum_j \bigl[\log(2\pi\psi_j) + (x_j - f_j(z))^2 / \psi_j\bigr],
         \qquad \psi_j = \mathrm{floor}_j + e^{10 \rho_j}
 
     The floor bounds the density, however well a network learns the training rows by heart. It is
@@ -87,7 +88,8 @@ class Gaussian(Likelihood):
 class FixedGaussian(Gaussian):
     r"""Normal with one variance per column that is given, not learned.
 
-    .. math:: \log p(x|z) = -\tfrac12 \sum_j \log(2\pi\psi_j) + (x_j - f_j(z))^2 / \psi_j
+    .. math::
+        \log p(x|z) = -\tfrac12 \sum_j \bigl[\log(2\pi\psi_j) + (x_j - f_j(z))^2 / \psi_j\bigr]
     """
 
     def __init__(self, n_features: int) -> None:
@@ -112,7 +114,8 @@ class FixedGaussian(Gaussian):
 class HeteroscedasticGaussian(Likelihood):
     r"""Normal whose mean and variance are both functions of the code.
 
-    .. math:: \log p(x|z) = -\tfrac12 \sum_j \log(2\pi\psi_j(z)) + (x_j - f_j(z))^2 / \psi_j(z),
+    .. math:: \log p(x|z)
+        = -\tfrac12 \sum_j \bigl[\log(2\pi\psi_j(z)) + (x_j - f_j(z))^2 / \psi_j(z)\bigr],
         \qquad \psi_j(z) = \mathrm{floor}_j + e^{g_j(z)}
 
     The output holds f, then g, which is bent smoothly below 14.

@@ -76,7 +76,7 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 class Bernoulli(Likelihood):
     r"""Binary columns; the output holds the logits.
 
-    .. math:: \log p(x|z) = \sum_j x_j f_j(z) - \log(1 + e^{f_j(z)})
+    .. math:: \log p(x|z) = \sum_j \bigl[x_j f_j(z) - \log(1 + e^{f_j(z)})\bigr]
     """
 
     support: ClassVar[str] = "binary"
@@ -116,7 +116,7 @@ class Bernoulli(Likelihood):
 class ContinuousBernoulli(Likelihood):
     r"""Shares in [0, 1] with the density ``exp(f x)``, normalised; the output holds f.
 
-    .. math:: \log p(x|z) = \sum_j x_j f_j(z) - \log\frac{e^{f_j(z)} - 1}{f_j(z)}
+    .. math:: \log p(x|z) = \sum_j \Bigl[x_j f_j(z) - \log\frac{e^{f_j(z)} - 1}{f_j(z)}\Bigr]
 
     The logits are bent smoothly into +-300, which bounds the density, by 300.
     Source: Loaiza-Ganem & Cunningham (2019), arXiv:1907.06845.
