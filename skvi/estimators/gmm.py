@@ -431,6 +431,7 @@ class VariationalGMM(
             As in :meth:`fit`; if `n_components`, `covariance_type` or
             `weight_concentration_prior_type` has changed. The estimator then stays as it was.
         """
+        self._validate_params()  # scikit-learn looks at those of the first call only
         first = not hasattr(self, "_model")
         with self._all_or_nothing():
             if first:

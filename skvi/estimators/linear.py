@@ -477,6 +477,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         -----
         There is no such method with ``noise="student_t"``.
         """
+        self._validate_params()  # scikit-learn looks at those of the first call only
         if self._is_robust():
             raise ValueError(
                 'partial_fit cannot continue a fit with noise="student_t", which keeps no summary '

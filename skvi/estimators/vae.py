@@ -147,10 +147,10 @@ class VAETransformer(
     or another `prior` of z and a richer law q (`posterior_type`).
     The decoder f and the encoder :math:`(\mu, \log\sigma^2)` are each a linear map plus a
     multilayer perceptron. Training starts at factor analysis, the best model without the
-    perceptrons, at the posterior that the likelihood gives it, and climbs the bound on
-    :math:`\log p(X)` by Adam with reparameterised gradients (Kingma & Welling 2014; Rezende et
-    al. 2014). The weights that bend the networks have a
-    normal prior of precision 20 (in fitted units), which holds for a hundred rows and fades for
+    perceptrons (under another prior than the normal one, near it), at the posterior that the
+    likelihood gives it, and climbs the bound on :math:`\log p(X)` by Adam with reparameterised
+    gradients (Kingma & Welling 2014; Rezende et al. 2014). The weights that bend the networks have
+    a normal prior of precision 20 (in fitted units), which holds for a hundred rows and fades for
     many; it enters no reported number.
 
     Parameters
@@ -270,7 +270,8 @@ class VAETransformer(
         twentieth of the time. If the process is killed or the fit interrupted, the same call goes
         on from the file, on the same machine to the same bits. A file of a fit to other data or
         with other parameters, the values of a custom network included, is refused; a fit that ends
-        deletes it. `partial_fit` takes no notice.
+        deletes it. Fits at the same time, as in a parallel search, need files of their own.
+        `partial_fit` takes no notice.
     verbose : int, default=0
         1 prints the bound every tenth epoch, 2 every epoch.
 
@@ -325,7 +326,8 @@ class VAETransformer(
     Cells that are NaN are missing at random: likelihoods are summed over the observed cells, the
     encoder reads the column's mean in place of the others, and a row without any observed cell
     has the prior as its posterior and the score 0 (Mattei & Frellsen 2019). Under a "mixture" or
-    "vamp" prior it has a normal law with the prior's mean and variances, and a score near 0.
+    "vamp" prior it has a normal law with the prior's mean and variances, and a score a little below
+    0.
     With these priors, and with "flow", the KL is an average over the draws of the score, and may
     come out below zero for a row. Means and standard deviations of a flow's codes are those of 256
     fixed draws.
@@ -568,6 +570,7 @@ class VAETransformer(
             As `fit`; and if the number of features or a parameter that shapes the network has
             changed since the first call.
         """
+        self._validate_params()  # scikit-learn looks at those of the first call only
         with self._all_or_nothing():
             model = getattr(self, "_model", None)
             n_least = 2 if model is None else 1
@@ -1120,7 +1123,10 @@ class VAETransformer(
         ends = []
         for row in (x0, x1):
             row = to_host(row)
-            X, device = self._checked(np.reshape(row, (1, -1)) if np.ndim(row) == 1 else row)
+            if np.ndim(row) == 1:
+                # a row of a frame knows the names of its columns
+                row = row.to_frame().T if hasattr(row, "iloc") else np.reshape(row, (1, -1))
+            X, device = self._checked(row)
             if X.shape[0] != 1:
                 raise ValueError(f"interpolate goes from one row to one row; got {X.shape[0]}.")
             ends.append(self._encode(X, device)[0])

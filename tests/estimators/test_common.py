@@ -130,6 +130,27 @@ def test_grid_search_in_a_pipeline_with_two_processes(estimator):
     assert search.best_score_ == search.cv_results_["mean_test_score"].max()
 
 
+@pytest.mark.parametrize(
+    ("estimator", "name", "value"),
+    [
+        (MIXTURES[0], "n_init", 0),
+        (LINEARS[0], "weight_shape", -1.0),
+        (AUTOENCODERS[0], "beta", -3.0),
+        (AUTOENCODERS[0], "batch_size", 0),
+        (AUTOENCODERS[0], "n_importance", -2),
+    ],
+    ids=str,
+)
+def test_parameters_are_validated_in_every_call_of_partial_fit(estimator, name, value):
+    """scikit-learn looks at those of the first call only."""
+    X, y = _data(estimator)
+    model = clone(estimator).partial_fit(X, y)
+    before = model.score(X, y)
+    with pytest.raises(ValueError, match=f"'{name}' parameter"):
+        model.set_params(**{name: value}).partial_fit(X, y)
+    assert model.score(X, y) == before
+
+
 @every_estimator
 def test_a_warm_start_refuses_other_features(estimator):
     X, y = _data(estimator)

@@ -28,6 +28,17 @@ def _fit(estimator, X, **fit_params):
         return estimator.fit(X, **fit_params)
 
 
+def _scripted(n_in, n_out):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(nn.Linear(n_in, n_out))
+
+
+class _Single(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
 def _mlp(n_in, n_out):
     return nn.Sequential(nn.Linear(n_in, 6), nn.Tanh(), nn.Linear(6, n_out))
 
@@ -178,6 +189,8 @@ def test_frozen_layers_stay_and_fits_continue(iris):
         ({"decoder": nn.LazyLinear(4)}, "draws random numbers"),
         ({"decoder": lambda: nn.Linear(2, 4)}, r"called with the widths \(2, 4\)"),
         ({"encoder": _Recurrent(as_pair=True)}, "to shape tuple; it must be"),
+        ({"encoder": _Single(4, 4)}, "encoder fails on rows of float64.*dtype of what they read"),
+        ({"decoder": _scripted}, "decoder is compiled by torch.jit"),
     ],
 )
 def test_unfit_networks_are_errors_that_say_why(iris, params, match):
@@ -187,6 +200,17 @@ def test_unfit_networks_are_errors_that_say_why(iris, params, match):
         vae.fit(iris)
     assert not hasattr(vae, "elbo_")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_networks_do_not_depend_on_the_default_dtype(iris):
+    vae = _short(encoder=_linear, decoder=_linear, max_iter=2)
+    expected = _fit(clone(vae), iris).elbo_
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert np.isfinite(_fit(vae, iris).elbo_)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.isfinite(expected)
 
 
 def test_layers_that_return_several_things(iris):

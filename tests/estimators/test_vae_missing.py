@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -212,6 +213,16 @@ def test_posterior_and_interpolate(iris):
     np.testing.assert_allclose(line[[0, -1]], vae.reconstruct(iris[[0, 100]]), rtol=1e-9)
     ends = [torch.tensor(row, requires_grad=True) for row in (iris[0], iris[100:101])]
     np.testing.assert_allclose(vae.interpolate(*ends, 5), line, rtol=1e-12)
+    frame = pd.DataFrame(iris, columns=list("abcd"))
+    named = _fit(_short(), frame)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # names of features that are not valid
+        np.testing.assert_allclose(
+            named.interpolate(frame.iloc[0], frame.iloc[100], 5),
+            named.interpolate(frame.iloc[[0]], frame.iloc[[100]], 5),
+        )
+    with pytest.raises(ValueError, match="feature names"):
+        named.interpolate(frame.iloc[0, ::-1], frame.iloc[100], 5)
     middle = vae.inverse_transform(0.5 * (means[[0]] + means[[100]]))
     np.testing.assert_allclose(line[[2]], middle, rtol=1e-9)
     with pytest.raises(ValueError, match="one row to one row; got 3"):

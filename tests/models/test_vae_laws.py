@@ -279,12 +279,13 @@ def test_mixtures_start_at_training_rows_and_near_the_normal(rng):
         model.requires_grad_(False)
         if prior == "vamp":  # half of the weight is on the standard normal, the last
             assert float(model.prior_law(x).log_weight[-1]) == pytest.approx(math.log(0.5))
-        else:  # half of the variance is between the components
+        else:  # half of the codes' variance is between the components
             codes = model.encoder(model.inputs(x))[:, :2] * math.sqrt(0.5)
-            nearest = torch.cdist(model.prior.mean, codes).amin(1)
-            assert torch.allclose(nearest, torch.zeros(40).double(), atol=1e-7)
-            variances = model.prior_law(x).components.moments()[1]
-            assert torch.allclose(variances, torch.full((40, 2), 0.5).double())
+            shift = codes - model.prior.mean[0]  # the first one's code is one of these
+            chosen = [(model.prior.mean[:, None] + s - codes).abs().sum(-1).amin(1) for s in shift]
+            assert float(torch.stack(chosen).sum(1).min()) < 1e-7
+            for ours, expected in zip(model.prior_law(x).moments(), (0.0, 1.0), strict=True):
+                assert torch.allclose(ours, torch.full((2,), expected).double(), atol=1e-12)
         mean, var = model.prior_law(x).moments()
         assert float(mean.abs().max()) < 0.5
         assert 0.4 < float(var.min()) < float(var.max()) < 2.0
@@ -294,6 +295,31 @@ def test_mixtures_start_at_training_rows_and_near_the_normal(rng):
             # never more than log 2 below the normal prior
             law, z = model.prior_law(x), _normal_draws(50, 2)
             assert (law.log_prob(z) > StandardNormal(z[0]).log_prob(z) - math.log(2.0)).all()
+
+
+def test_a_mixture_of_one_component_starts_as_the_normal_prior(rng):
+    x, z = _x(rng, 50), _normal_draws(9, 2)
+    floor = torch.full((3,), 1e-3, dtype=torch.float64)
+    architecture = Architecture(3, 2, (4,), "tanh", (Block("gaussian", (0, 1, 2)),), "mixture", 1)
+    model = build(architecture, CPU, torch.float64)
+    initialise(model, TrainingRows.of(x), torch.ones(50).double(), floor, make_generator(0))
+    with torch.no_grad():
+        assert torch.allclose(model.prior_law(x).log_prob(z), StandardNormal(z[0]).log_prob(z))
+
+
+def test_pseudo_inputs_are_rows_that_count(rng):
+    x = _x(rng, 400)
+    weight = torch.full((400,), 1e-60, dtype=torch.float64)
+    weight[7::10] = 1.0
+    floor = torch.full((3,), 1e-3, dtype=torch.float64)
+    architecture = Architecture(3, 2, (4,), "tanh", (Block("gaussian", (0, 1, 2)),), "vamp", 30)
+    model = build(architecture, CPU, torch.float64)
+    initialise(model, TrainingRows.of(x), weight, floor, make_generator(0))
+    with torch.no_grad():
+        rows = {tuple(row) for row in model.inputs(x)[7::10].tolist()}
+        chosen = [tuple(row) for row in model.prior.pseudo_inputs.tolist()]
+    assert set(chosen) <= rows
+    assert len(set(chosen)) == 30  # none twice
 
 
 def test_one_component_that_is_standard_normal_changes_nothing(posterior, rng):

@@ -177,6 +177,11 @@ def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custo
             f"{name} must be a torch.nn.Module, or a callable (n_in, n_out) that returns one; "
             f"got {type(module).__name__}."
         )
+    if any(isinstance(layer, torch.jit.ScriptModule) for layer in module.modules()):
+        raise ValueError(
+            f"{name} is compiled by torch.jit, which hides what its layers do; pass the module "
+            "that it was made from."
+        )
     module = copy.deepcopy(module).to("cpu", torch.float32)
     widths = [n_in, n_out]
     hooks = []
@@ -197,9 +202,9 @@ def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custo
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             before = torch.get_rng_state()
-            y = module(torch.zeros(2, n_in))
+            y = module(torch.zeros(2, n_in, dtype=torch.float32))
             # Some layers draw for one sign only. Large rows, for the sake of offsets.
-            row = 100.0 * torch.linspace(-1.0, 1.0, n_in + 1)[1:]
+            row = 100.0 * torch.linspace(-1.0, 1.0, n_in + 1, dtype=torch.float32)[1:]
             copy.deepcopy(module)(torch.stack([row, -row]))
             by_chance = not torch.equal(torch.get_rng_state(), before)
     except Exception as error:
@@ -220,6 +225,14 @@ def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custo
             "for their first weights: scores would depend on chance. Leave them out, or give "
             "lazy layers their widths."
         )
+    try:
+        with torch.no_grad():
+            copy.deepcopy(module).double()(torch.zeros(2, n_in, dtype=torch.float64))
+    except Exception as error:
+        raise ValueError(
+            f"{name} fails on rows of float64, in which float64 X is scored: {error}. Its layers "
+            "must compute in the dtype of what they read, such as x.new_zeros(...) for constants."
+        ) from error
     if _mixes_rows(module, n_in):
         raise ValueError(
             f"{name} gives a row another result when the row beside it changes. Use layers that "
@@ -230,7 +243,7 @@ def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custo
 
 def _mixes_rows(module: nn.Module, n_in: int) -> bool:
     """Whether the result for a row depends on the one beside it."""
-    row, one, other = torch.linspace(-1.0, 1.0, 3 * n_in).reshape(3, n_in)
+    row, one, other = torch.linspace(-1.0, 1.0, 3 * n_in, dtype=torch.float32).reshape(3, n_in)
     with torch.no_grad():
         # Copies: a module may count its calls.
         first, second = (copy.deepcopy(module)(torch.stack([row, x]))[0] for x in (one, other))

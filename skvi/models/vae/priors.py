@@ -31,7 +31,7 @@ MOMENT_DRAWS, _MOMENT_SEED = 256, 0
 # CUDA's batched triangular solves have been wrong for twice as many right-hand sides
 # (pytorch/pytorch#187717).
 _MOST_DRAWS = 1 << 18
-# A mixture starts with this share of the prior's variance between its means.
+# A mixture starts with this share of the variance of codes between its means.
 _SHARE_BETWEEN = 0.5
 # Nodes and weights on (-1, 1) for Owen's function.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
@@ -237,10 +237,15 @@ class MixturePrior(NormalPrior):
         return Mixture(self.logits.log_softmax(-1), components)
 
     def initialise(self, inputs: Tensor, codes: Tensor) -> None:
-        """Begin near N(0, I): means at shrunken codes, equal weights, the rest of the variance."""
+        """Begin near N(0, I): equal weights, means at shrunken codes, the rest of the variance.
+
+        Mean zero, variance one; one component is N(0, I).
+        """
         self.logits.zero_()
-        self.mean.copy_(math.sqrt(_SHARE_BETWEEN) * codes)
-        self.raw_log_var.fill_(math.log(1.0 - _SHARE_BETWEEN))
+        self.mean.copy_(math.sqrt(_SHARE_BETWEEN) * (codes - codes.mean(0)))
+        between = self.mean.square().mean(0)
+        # of codes that are far apart, a total above one
+        self.raw_log_var.copy_((1.0 - between).clamp_min(1.0 - _SHARE_BETWEEN).log())
         self.raw_log_var.copy_(unbounded_log_var(self.raw_log_var))
 
 
