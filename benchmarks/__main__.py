@@ -8,7 +8,11 @@ from benchmarks.common import Report
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
 parser.add_argument("name", choices=["gmm", "linear", "logistic", "vae"])
-parser.add_argument("--quick", action="store_true", help="the small sizes only")
+parser.add_argument(
+    "--quick",
+    action="store_true",
+    help="the small sizes only, and no training on MNIST unless --only names it",
+)
 parser.add_argument("--only", nargs="+", metavar="PART", help="gmm and vae: some tables only")
 parser.add_argument(
     "--budget",

@@ -387,7 +387,7 @@ class VariationalGMM(
         ValueError
             For invalid parameters or data; for features without an observed value; for
             constant features without a `covariance_prior`; for a `warm_start` from a fit of
-            another shape.
+            another shape or other feature names.
         """
         with self._all_or_nothing():
             self._fit(X, sample_weight, warm=self._continues())

@@ -364,9 +364,9 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         ValueError
             For invalid parameters or data; for weights that sum to less than the one row that
             the intercept takes; for data whose answer leaves the range of float64; for a
-            `warm_start` from a fit of another prior or shape; for columns that are linearly
-            dependent with ``prior="flat"``; for several outputs, sparse X or ``prior="flat"``
-            with ``noise="student_t"``.
+            `warm_start` from a fit of another prior, shape or other feature names; for columns
+            that are linearly dependent with ``prior="flat"``; for several outputs, sparse X or
+            ``prior="flat"`` with ``noise="student_t"``.
         """
         if self.noise == "student_t":
             self._fit_robust(X, y, sample_weight)

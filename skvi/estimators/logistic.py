@@ -293,7 +293,8 @@ class BayesianLogisticVI(ClassifierMixin, TransformerMixin, VariationalEstimator
         ------
         ValueError
             For invalid parameters or data; for labels of one class only; for data whose answer
-            leaves the range of float64; for a `warm_start` from a fit of another prior or shape.
+            leaves the range of float64; for a `warm_start` from a fit of another prior or shape,
+            or other feature names.
         """
         with self._all_or_nothing():
             door = self._fit_door(X, y, labels=True)

@@ -172,7 +172,9 @@ class VAETransformer(
         logits; "poisson": log rates; "gaussian_heteroscedastic" two per column; categorical
         columns one per code). Training starts from the values of a copy, not at factor analysis,
         and no prior acts on its weights; the module that was passed is never changed. Layers that
-        mix rows or draw numbers (batch normalisation, dropout) are errors.
+        mix rows or draw numbers (batch normalisation, dropout) are errors, and modules that
+        torch.jit has compiled. Scores of a float64 X need networks that run in float64 too:
+        constants belong into buffers.
     likelihood : str or dict, default="auto"
         What the decoder's output means, for all columns or, as a dict, for lists of them.
 
@@ -477,8 +479,10 @@ class VAETransformer(
             Present for API consistency.
         sample_weight : array-like of shape (n_samples,), default=None
             How often each row counts, in the units of X, the losses, the bounds and against the
-            prior of the networks' weights: an integer weight stands for that many
-            repeated rows, which minibatches visit at once. Rows of weight zero are left out.
+            prior of the networks' weights: an integer weight stands for that many repeated rows.
+            Rows of weight zero are left out. Weights that sum to one are one row to that prior,
+            which then keeps the networks nearly linear: scale them to sum to the number of rows.
+            The automatic batch size, number of epochs and early stopping count rows as they are.
 
         Returns
         -------
@@ -488,8 +492,8 @@ class VAETransformer(
         ------
         ValueError
             For invalid parameters or data; for values that their likelihood cannot explain; for a
-            `warm_start` from a fit of another shape; for a `checkpoint` of another fit; if
-            training diverges.
+            `warm_start` from a fit of another shape or other feature names; for a `checkpoint` of
+            another fit; if training diverges.
 
         Warns
         -----
@@ -827,18 +831,24 @@ class VAETransformer(
         if not hasattr(self, "noise_floor_"):
             return np.empty(0, dtype=int)
         std = getattr(self, "noise_std_", np.full_like(self.noise_floor_, np.nan))
+        at_floor = std < math.sqrt(2.0) * self.noise_floor_
         predicted = np.isnan(std) & ~np.isnan(self.noise_floor_)
         if predicted.any():
-            some = X[:: math.ceil(X.shape[0] / _FLOOR_ROWS)]
-            net = self._model.on(device, torch.float64)
-            with torch.no_grad():
-                z = torch.tensor(self._encode(some, device)[0], dtype=torch.float64, device=device)
-                var = to_numpy(net.likelihood.variance(net.decoder(z)))  # (B, D)
-            median = np.median(np.sqrt(var), axis=0) * self._model.affine.scale
-            std = np.where(predicted, median, std)
-        at_floor = std < math.sqrt(2.0) * self.noise_floor_
+            at_floor |= predicted & self._mostly_on_floor(X, device)
         ordinary = self.noise_floor_ < _ORDINARY_FLOOR * self._model.affine.scale
         return np.flatnonzero(at_floor & ordinary)
+
+    def _mostly_on_floor(self, X: np.ndarray, device: torch.device) -> np.ndarray:
+        """Return for every column whether its variance is near the floor in most of some rows."""
+        some = X[:: math.ceil(X.shape[0] / _FLOOR_ROWS)]
+        net = self._model.on(device, torch.float64)
+        codes = torch.tensor(self._encode(some, device)[0], dtype=torch.float64, device=device)
+        floor = torch.from_numpy(self.noise_floor_ / self._model.affine.scale).to(device)
+        count = torch.zeros_like(floor)
+        with torch.no_grad():
+            for z in codes.split(block_rows(self._model.architecture.floats_per_draw, device)):
+                count += (net.likelihood.variance(net.decoder(z)) < 2.0 * floor.square()).sum(0)
+        return to_numpy(2.0 * count > len(codes))
 
     def _planned(self, X: np.ndarray, model: _Model | None) -> Architecture:
         """Return what is to be trained, without the networks passed, or raise if X does not fit.

@@ -288,14 +288,14 @@ def test_weights_of_zero_remove_rows(iris):
 
 def test_integer_weights_are_repeated_rows_to_the_prior_of_the_curvature(iris):
     X = iris[:60]
-    common = {"hidden_layer_sizes": (64,), "max_iter": 1000, "n_mc": 32}
+    common = {"hidden_layer_sizes": (64,), "max_iter": 500, "n_mc": 32}
     weighted = _fit(_short(batch_size=60, **common), X, sample_weight=np.full(60, 20.0))
     repeated = _fit(_short(batch_size=1200, **common), np.tile(X, (20, 1)))
     once = _fit(_short(batch_size=60, **common), X)
-    # They would be a nat apart if weights did not count. Steps with twenty draws of a row have less
-    # noise than steps with one, which is worth a fifth of a nat here.
-    assert weighted.score(X) == pytest.approx(repeated.score(X), abs=0.4)
-    assert weighted.score(X) > once.score(X) + 0.5
+    # They would be 0.6 apart if weights did not count. Steps with twenty draws of a row have less
+    # noise than steps with one, which is worth 0.12 to 0.15 nats here.
+    assert weighted.score(X) == pytest.approx(repeated.score(X), abs=0.3)
+    assert weighted.score(X) > once.score(X) + 0.25
     assert weighted.n_samples_seen_ == repeated.n_samples_seen_ == 1200
 
 

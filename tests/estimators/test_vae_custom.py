@@ -202,15 +202,13 @@ def test_unfit_networks_are_errors_that_say_why(iris, params, match):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_networks_do_not_depend_on_the_default_dtype(iris):
+def test_networks_fit_under_any_default_dtype(iris):
     vae = _short(encoder=_linear, decoder=_linear, max_iter=2)
-    expected = _fit(clone(vae), iris).elbo_
     torch.set_default_dtype(torch.float64)
     try:
         assert np.isfinite(_fit(vae, iris).elbo_)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert np.isfinite(expected)
 
 
 def test_layers_that_return_several_things(iris):

@@ -182,7 +182,7 @@ def test_mixtures_of_narrow_laws_keep_their_digits(spread, log_var, dtype, centr
     expected = np.logaddexp.reduce(pairs - np.log(np.longdouble(20)), axis=-1)
     ours = Mixture(q.mean.new_full((20,), -math.log(20)), q).log_prob(z).numpy()
     # 50 terms of the order of 10 each
-    assert (np.abs(ours - expected) < 1000 * torch.finfo(dtype).eps).all()
+    assert (np.abs(ours - expected) < 3000 * torch.finfo(dtype).eps).all()
 
 
 def test_selected_rows_keep_their_posterior(posterior, rng):

@@ -231,7 +231,7 @@ def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custo
     except Exception as error:
         raise ValueError(
             f"{name} fails on rows of float64, in which float64 X is scored: {error}. Its layers "
-            "must compute in the dtype of what they read, such as x.new_zeros(...) for constants."
+            "must compute in the dtype of what they read, constants be kept by register_buffer."
         ) from error
     if _mixes_rows(module, n_in):
         raise ValueError(

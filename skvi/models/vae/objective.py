@@ -160,7 +160,7 @@ def parameter_groups(model: VAE, n_rows: float) -> list[dict[str, Any]]:
     model : VAE
     n_rows : float
         N, the total weight of the training rows, without those held out; less than one counts as
-        one, so that the prior keeps finite.
+        one, so that the prior stays finite.
 
     Returns
     -------

@@ -79,7 +79,7 @@ class Diagonal(NamedTuple):
         columns = torch.cat([mean * precision, -0.5 * precision], -1)  # (B, 2k)
         products = torch.addmm(constant, torch.cat([shifted, shifted.square()], -1), columns.T)
         values = products.to(self.mean.dtype)
-        likeliest = values.detach().max(-1, keepdim=True).indices  # (S, 1)
+        likeliest = values.detach().argmax(-1, keepdim=True)  # (S, 1)
         return values.scatter(-1, likeliest, self.select(likeliest).log_prob(z[:, None]))
 
     @staticmethod
