@@ -390,7 +390,7 @@ class VariationalGMM(
             another shape or other feature names.
         """
         with self._all_or_nothing():
-            self._fit(X, sample_weight, warm=self._continues())
+            self._fit(X, sample_weight)
         self._warn_unless_converged()
         return self
 
@@ -435,14 +435,14 @@ class VariationalGMM(
         first = not hasattr(self, "_model")
         with self._all_or_nothing():
             if first:
-                self._fit(X, sample_weight, warm=False)
+                self._fit(X, sample_weight)
             else:
                 self._add_block(X, sample_weight)
         if first:
             self._warn_unless_converged()
         return self
 
-    def _fit(self, X: Any, sample_weight: Any, *, warm: bool) -> None:
+    def _fit(self, X: Any, sample_weight: Any) -> None:
         door = self._fit_door(X, ensure_min_samples=2, ensure_all_finite="allow-nan")
         weight = self._weights(sample_weight, door.X)
         X, weight = without_weightless(weight, door.X)
@@ -451,7 +451,7 @@ class VariationalGMM(
             X, weight = _without_empty(X, weight)
         self._count_batches(float(weight.sum()), X.shape[1])  # refused here, not by each start
         try:
-            if warm:
+            if self._continues():
                 self._fit_warm(X, weight, door.device)
             else:
                 self._fit_cold(X, weight, door.device)
