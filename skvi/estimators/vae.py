@@ -281,7 +281,8 @@ class VAETransformer(
     ----------
     elbo_ : float
         The bound on ``log p(X)`` in nats: ``sum_n s_n score_samples(X)[n]``, over all rows given
-        to `fit`, or to the last `partial_fit`.
+        to `fit`. After `partial_fit` the last of `elbo_history_`, an estimate for its rows: the
+        draws of their scores would take several times as long as their epoch.
     kl_ : float
         0.0: the weights are point estimates, so the parameters have no posterior to pay for.
     elbo_history_ : list of float
@@ -533,6 +534,9 @@ class VAETransformer(
                 if keeper is not None:
                     keeper.remove()
                 raise
+            scores = self._score_rows(X, door.device)
+            self._check_fitted_values(scores)
+            self.elbo_ = float(weight @ scores)
             self.n_iter_ = len(descent.history)
             self.converged_ = self.max_iter is None or descent.status is Status.CONVERGED
         if keeper is not None:
@@ -554,7 +558,7 @@ class VAETransformer(
         The first call decides the units and the likelihood from its block and finds the linear
         start there, so it should be representative: a few hundred rows in random order. Later
         calls continue with the optimiser's moments, at a constant learning rate; nothing is held
-        out.
+        out, and nothing scored: `elbo_` is what the epoch saw while it trained.
 
         Parameters
         ----------
@@ -597,6 +601,7 @@ class VAETransformer(
                 patience=Patience(1, _TRAINING_TOL),
             )
             self.elbo_history_ = history + self.elbo_history_
+            self.elbo_ = self.elbo_history_[-1]
             self.n_iter_ = len(self.elbo_history_)
             self.converged_ = False
         return self
@@ -785,17 +790,18 @@ class VAETransformer(
             unit = scale if name.startswith("noise") else 1.0
             setattr(self, f"{name}_", unit * to_numpy(values))
         self.kl_ = 0.0
-        scores = self._score_rows(X, device)
-        if not np.isfinite(scores).all():
-            raise ValueError(
-                "The fitted bound is not finite: learning_rate_init="
-                f"{self.learning_rate_init:g} is too large for these data."
-            )
-        self.elbo_ = float(weight @ scores)
         means = self._encode(X, device)[0].astype(np.float64)
+        self._check_fitted_values(means)
         centre = np.array([weighted_mean(column, weight) for column in means.T])
         spread = [weighted_mean(column, weight) for column in ((means - centre) ** 2).T]
         self.active_units_ = np.array(spread) > 0.01 * self._prior_variance()
+
+    def _check_fitted_values(self, values: np.ndarray) -> None:
+        if not np.isfinite(values).all():
+            raise ValueError(
+                "The fitted codes or scores are not finite: learning_rate_init="
+                f"{self.learning_rate_init:g} is too large for these data."
+            )
 
     def _prior_variance(self) -> np.ndarray:
         """Return the variance of each code under the prior, (k,)."""

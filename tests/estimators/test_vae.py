@@ -418,6 +418,8 @@ def test_partial_fit_makes_one_epoch_a_call_and_climbs(iris):
     assert vae.n_iter_ == len(vae.elbo_history_) == 30
     assert vae.n_samples_seen_ == 30 * 150
     assert np.mean(vae.elbo_history_[-5:]) > np.mean(vae.elbo_history_[:5])
+    assert vae.elbo_ == vae.elbo_history_[-1]
+    assert vae.elbo_ == pytest.approx(vae.score_samples(iris).sum(), abs=0.3 * len(iris))
     vae.partial_fit(iris[:1])
     with pytest.raises(ValueError, match="features"):
         vae.partial_fit(iris[:, :3])
@@ -794,6 +796,22 @@ def test_a_learning_rate_a_hundred_times_too_large_is_an_error_or_finite(
         assert np.isfinite(value).all(), name
     assert np.isfinite(vae.transform(X)).all()
     assert np.isfinite(vae.log_predictive(X, 20)).all()
+
+
+@pytest.mark.parametrize("learning_rate_init", [0.3, 1e3, 1e6])
+@pytest.mark.parametrize("laws", [{}, {"prior": "vamp", "posterior_type": "flow"}], ids=str)
+def test_no_rate_leaves_a_stream_with_numbers_that_are_not_finite(binary, learning_rate_init, laws):
+    vae = _short(learning_rate_init=learning_rate_init, **laws)
+    for _ in range(6):
+        before = pickle.dumps(vae)
+        try:
+            vae.partial_fit(binary)
+        except ValueError as error:
+            assert "learning_rate_init" in str(error)
+            assert pickle.dumps(vae) == before
+            return
+        assert np.isfinite([vae.elbo_, vae.score(binary), *vae.elbo_history_]).all()
+        assert np.isfinite(vae.transform(binary)).all()
 
 
 # -- bad input ------------------------------------------------------------------------------------

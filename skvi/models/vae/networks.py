@@ -129,8 +129,8 @@ class ResidualMLP(nn.Module):
         """Map (..., n_in) to (..., n_out)."""
         if self.correction is None:
             return self.linear(x)
+        rows = x.flatten(0, -2)
         if self.product_dtype is not None and torch.is_grad_enabled():
-            rows = x.flatten(0, -2)
             large = len(rows) * self.linear.out_features >= _LARGE
             y = ResidualProduct.apply(
                 self.activation,
@@ -144,10 +144,12 @@ class ResidualMLP(nn.Module):
             )
             return y.unflatten(0, x.shape[:-1])
         function, _ = ACTIVATIONS[self.activation]
-        y = self.linear(x)
+        y, h = self.linear(rows), rows
         for layer in self.hidden:
-            x = function(layer(x))
-        return y + self.correction(x)
+            h = function(layer(h))
+        # In place: scores decode many draws, and another array of outputs takes a tenth of it.
+        y.addmm_(h, self.correction.weight.t())
+        return y.unflatten(0, x.shape[:-1])
 
 
 class Rowwise(nn.Module):
