@@ -92,13 +92,13 @@ def prior_of_precisions(
     if prior in {"fixed", "flat"}:
         return None
     if prior == "horseshoe":
-        return HorseshoePrior(float(global_scale), torch.as_tensor(spread**2))
+        return HorseshoePrior(float(global_scale), torch.from_numpy(spread**2))
     # One precision for all and one for each feature have their own ways, the latter only where the
     # sorted labels follow the features.
     in_order = np.array_equal(group, np.arange(len(group)))
     several = len(spread) > 1 and not in_order
     return WeightPrior(
         float(weight_shape),
-        torch.as_tensor(weight_rate / spread**2),
-        torch.as_tensor(group) if several else None,
+        torch.from_numpy(weight_rate / spread**2),
+        torch.from_numpy(group) if several else None,
     )

@@ -668,7 +668,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         spread_y: np.ndarray,
         group: np.ndarray,
     ) -> Prior:
-        noise_rate = torch.as_tensor(self.noise_rate * spread_y**2)
+        noise_rate = torch.from_numpy(self.noise_rate * spread_y**2)
         weight = prior_of_precisions(
             self.prior,
             spread_x,
@@ -840,7 +840,7 @@ class BayesianLinearVI(RegressorMixin, TransformerMixin, VariationalEstimator):
         model = self._model
         posterior = as_tensors(model.posterior, "cpu")
         scale = predictive.noise_variance(posterior).sqrt()[:, None, None]
-        per_feature = torch.as_tensor(model.y.scale[:, None] / model.x.scale)  # (M, D)
+        per_feature = torch.from_numpy(model.y.scale[:, None] / model.x.scale)  # (M, D)
         root = scale * per_feature[:, :, None]
         cov = to_numpy(root * covariance(posterior.factor) * root.mT)
         return cov[0] if model.single else cov

@@ -758,8 +758,8 @@ class BayesianLogisticVI(ClassifierMixin, TransformerMixin, VariationalEstimator
     def _of_labels(self, X: Any, y: Any, function: Callable[..., Tensor]) -> np.ndarray:
         """Sum ``function(sign, mean, variance)`` of the log odds over models, (..., N)."""
         door = self._door(X, y, reset=False, labels=True)
-        sign = torch.as_tensor(_signs(self._codes(door.y), len(self.classes_)))
-        odds = torch.as_tensor(self._per_row(door, _odds))  # (N, M, 2)
+        sign = torch.from_numpy(_signs(self._codes(door.y), len(self.classes_)))
+        odds = torch.from_numpy(self._per_row(door, _odds))  # (N, M, 2)
         values = function(sign, odds[..., 0], odds[..., 1].square()).sum(-1).numpy()
         check_reach(values)
         return values

@@ -1219,15 +1219,18 @@ class VAETransformer(
         n_samples = check_count(n_samples, "n_samples")
         seed = draw_seed(self.random_state if random_state is None else random_state)
         device = resolve_device(self.device)
-        generator = make_generator(seed, device)
         net = self._model.on(device, torch.float64)
-        like = torch.empty(0, dtype=torch.float64, device=device)
+        # Draws are the host's: the same on every device. CUDA's of large counts would use random
+        # numbers twice, in one block and in the next (pytorch issue 136750).
+        generator, cpu = make_generator(seed), torch.device("cpu")
+        host = self._model.on(cpu, torch.float64)
+        law = host.likelihood
+        like = torch.empty(0, dtype=torch.float64, device=cpu)
         x = []
         with torch.no_grad():
-            z = net.prior.code(net.prior_law(like).sample(n_samples, generator))
-            floats = self._model.architecture.floats_per_draw
-            for block in z.split(block_rows(floats, device)):
-                output, law = net.decoder(block), net.likelihood
+            z = host.prior.code(host.prior_law(like).sample(n_samples, generator))
+            for block in z.split(block_rows(self._model.architecture.floats_per_draw, cpu)):
+                output = net.decoder(block.to(device)).cpu()
                 x.append(to_numpy(law.mean(output) if mean else law.sample(output, generator)))
         return self._original_units(np.concatenate(x)), to_numpy(z)
 

@@ -52,7 +52,8 @@ def resolve_device(device: str | torch.device, data: object = None) -> torch.dev
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether `device` multiplies bfloat16 matrices itself, and does not convert them first."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # it says so of the current one
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     # Releases of torch that cannot say what the processor has count as a no.
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -391,11 +391,14 @@ def test_a_fit_does_not_depend_on_torchs_global_settings(iris, mode):
     expected = _fit(_short(), iris).elbo_
     with mode():
         assert _fit(_short(), iris).elbo_ == expected
+    encoder = torch.nn.Linear(4, 4)
+    of_encoder = _fit(_short(encoder=encoder), iris).elbo_
     torch.set_default_device("meta")
     try:
         vae = _fit(_short(device="cpu", warm_start=True), iris)
         assert vae.elbo_ == expected
         assert np.isfinite(_fit(vae, iris).sample(2)[0]).all()
+        assert _fit(_short(device="cpu", encoder=encoder), iris).elbo_ == of_encoder
     finally:
         torch.set_default_device(None)
     torch.set_default_dtype(torch.float64)
@@ -807,8 +810,8 @@ def test_no_rate_leaves_a_stream_with_numbers_that_are_not_finite(binary, learni
         try:
             vae.partial_fit(binary)
         except ValueError as error:
-            assert "learning_rate_init" in str(error)
-            assert pickle.dumps(vae) == before
+            if "learning_rate_init" not in str(error) or pickle.dumps(vae) != before:
+                raise
             return
         assert np.isfinite([vae.elbo_, vae.score(binary), *vae.elbo_history_]).all()
         assert np.isfinite(vae.transform(binary)).all()
@@ -1005,5 +1008,6 @@ def test_every_device(device, iris, binary):
         elsewhere = pickle.loads(pickle.dumps(vae)).set_params(device="cpu")
         np.testing.assert_allclose(elsewhere.score_samples(X), vae.score_samples(X), rtol=1e-6)
         np.testing.assert_allclose(elsewhere.transform(X), vae.transform(X), rtol=1e-6, atol=1e-9)
-        assert vae.sample(3)[0].shape == (3, X.shape[1])
+        drawn, elsewhere = (v.sample(3, random_state=0)[0] for v in (vae, elsewhere))
+        np.testing.assert_allclose(elsewhere, drawn, rtol=1e-6, atol=1e-9)
         vae.partial_fit(X)

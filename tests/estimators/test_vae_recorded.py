@@ -114,6 +114,9 @@ def test_cuda_graphs_are_the_steps_of_the_plain_loop(params, some_missing, monke
     recorded, records = _fit(X, monkeypatch, recorder, **params)
     assert len(records) == 2
     np.testing.assert_allclose(recorded.elbo_history_, plain.elbo_history_, rtol=1e-3)
+    # A rate or a number of a step that is held fast shows here, by 2e-3 and more.
+    for name, value in plain._model.weights.items():
+        np.testing.assert_allclose(recorded._model.weights[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_host_does_in_a_step_is_not_recorded(monkeypatch):
@@ -130,7 +133,11 @@ def test_what_the_host_does_in_a_step_is_not_recorded(monkeypatch):
 def test_steps_that_cannot_be_recorded_are_made_as_they_are(monkeypatch):
     def fails(generator):
         def record(run):
-            raise RuntimeError("operation not permitted when stream is capturing")
+            try:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            except RuntimeError:
+                # so torch ends a capture, without a cause
+                raise RuntimeError("capture failed due to a previous error")  # noqa: B904
 
         return record
 

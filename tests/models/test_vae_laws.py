@@ -696,3 +696,16 @@ def test_only_the_perceptrons_multiply_narrow_numbers(prior, posterior, n_draws,
     with outside:
         loss_and_gradient()
     assert outside.names == set()
+
+
+@pytest.mark.parametrize(("prior", "family"), [("mixture", "diag"), ("normal", "flow")])
+def test_a_kl_of_draws_that_is_below_zero_is_climbed_as_any_other(prior, family, rng):
+    model, x, weight = _model(prior, family, scale=0.2), _x(rng, 1), torch.ones(1).double()
+    divergences = []
+    for seed in range(60):
+        noise = _normal_draws(1, 2, seed=seed)
+        loss, bound = objective.training_loss(model, x, None, weight, noise, beta=1.0)
+        twice, _ = objective.training_loss(model, x, None, weight, noise, beta=2.0)
+        divergences.append(float(twice - loss))
+        assert float(loss) == pytest.approx(-float(bound), rel=1e-12)
+    assert min(divergences) < 0.0 < max(divergences)

@@ -59,9 +59,8 @@ def test_a_graph_is_captured_on_the_device_of_the_generator_and_draws_from_it(mo
     record = recorder(generator)
     repeats = [record(lambda: cuda._note("run")) for _ in range(2)]
     capture = ("capture", ("stream", device), "thread_local")
+    entered = [("enter", "device", device), ("enter", "stream", ("current", device))]
     one = [
-        ("enter", "device", device),
-        ("enter", "stream", ("current", device)),
         ("graph",),
         ("register", generator),
         ("enter", *capture),
@@ -70,11 +69,21 @@ def test_a_graph_is_captured_on_the_device_of_the_generator_and_draws_from_it(mo
         ("exit", "stream", ("current", device)),
         ("exit", "device", device),
     ]
-    assert cuda.log == [("stream", device), *one, *one]
+    assert cuda.log == [*entered, ("stream", device), *one, *entered, *one]
     cuda.log.clear()
     for repeat in repeats:
         repeat()
     assert cuda.log == [("replay",)] * 2
+
+
+def test_from_the_release_on_that_finds_generators_none_is_registered(monkeypatch):
+    cuda = _Cuda(monkeypatch)
+    generator = SimpleNamespace(device=torch.device("cuda", 0))
+    for release, registers in (("2.13.1", True), ("2.14.0+cu130", False)):
+        monkeypatch.setattr(torch, "__version__", release)
+        cuda.log.clear()
+        recorder(generator)(lambda: None)
+        assert (("register", generator) in cuda.log) == registers
 
 
 def test_one_record_is_made_at_a_time(monkeypatch):

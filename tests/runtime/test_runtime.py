@@ -1,5 +1,7 @@
 """Devices, generators, row blocks and moments."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from skvi.runtime import blocks
 from skvi.runtime.batches import Batches
 from skvi.runtime.blocks import Affine, Rows, power_of_two, row_slices
-from skvi.runtime.device import resolve_device
+from skvi.runtime.device import has_fast_bfloat16, resolve_device
 from skvi.runtime.linalg import inv_chol, log_det_from_chol
 from skvi.runtime.moments import weighted_moments
 from skvi.runtime.random import draw_seed, make_generator, make_rng
@@ -35,6 +37,23 @@ class TestDevice:
     def test_impossible_devices_are_errors(self, device, match):
         with pytest.raises(ValueError, match=match):
             resolve_device(device)
+
+    def test_bfloat16_is_asked_of_the_device_itself(self, monkeypatch):
+        current = []
+
+        @contextlib.contextmanager
+        def inside(device):
+            current.append(device.index)
+            yield
+            current.pop()
+
+        def supported(*, including_emulation):
+            return not including_emulation and current == [1]
+
+        monkeypatch.setattr(torch.cuda, "device", inside)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert has_fast_bfloat16(torch.device("cuda", 1))
+        assert not has_fast_bfloat16(torch.device("cuda", 0))
 
 
 class TestRandom:

@@ -204,9 +204,10 @@ def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custo
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             before = torch.get_rng_state()
-            y = module(torch.zeros(2, n_in, dtype=torch.float32))
+            y = module(torch.zeros(2, n_in, dtype=torch.float32, device="cpu"))
             # Some layers draw for one sign only. Large rows, for the sake of offsets.
-            row = 100.0 * torch.linspace(-1.0, 1.0, n_in + 1, dtype=torch.float32)[1:]
+            steps = torch.linspace(-1.0, 1.0, n_in + 1, dtype=torch.float32, device="cpu")
+            row = 100.0 * steps[1:]
             copy.deepcopy(module)(torch.stack([row, -row]))
             by_chance = not torch.equal(torch.get_rng_state(), before)
     except Exception as error:
@@ -229,7 +230,8 @@ def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custo
         )
     try:
         with torch.no_grad():
-            copy.deepcopy(module).double()(torch.zeros(2, n_in, dtype=torch.float64))
+            wide = torch.zeros(2, n_in, dtype=torch.float64, device="cpu")
+            copy.deepcopy(module).double()(wide)
     except Exception as error:
         raise ValueError(
             f"{name} fails on rows of float64, in which float64 X is scored: {error}. Its layers "
@@ -245,7 +247,8 @@ def checked_custom(module: nn.Module, n_in: int, n_out: int, name: str) -> Custo
 
 def _mixes_rows(module: nn.Module, n_in: int) -> bool:
     """Whether the result for a row depends on the one beside it."""
-    row, one, other = torch.linspace(-1.0, 1.0, 3 * n_in, dtype=torch.float32).reshape(3, n_in)
+    numbers = torch.linspace(-1.0, 1.0, 3 * n_in, dtype=torch.float32, device="cpu")
+    row, one, other = numbers.reshape(3, n_in)
     with torch.no_grad():
         # Copies: a module may count its calls.
         first, second = (copy.deepcopy(module)(torch.stack([row, x]))[0] for x in (one, other))

@@ -194,7 +194,8 @@ def training_loss(
         \text{loss} = \beta \sum_k \max(\lambda, \tfrac1B \sum_n w_n \mathrm{KL}_{nk})
             - \tfrac1B \sum_n w_n \text{reconstruction}_n
 
-    A KL without a closed form is that of the draw, and free nats are granted to its sum over codes.
+    The maximum is taken for :math:`\lambda > 0` only. A KL without a closed form is that of the
+    draw, and free nats are granted to its sum over codes.
     With K draws per row the loss is that of :func:`importance_loss`. The prior of the weights is
     the optimiser's part; see :func:`parameter_groups`.
 
@@ -228,8 +229,12 @@ def training_loss(
         z, kl = _draw_and_kl(model, x, weight, q, noise)
         log_prob = model.likelihood.log_prob_observed(x, model.decode(z), observed)
         reconstruction = (weight * log_prob).mean()
-        n_codes = z.shape[-1] // len(kl)  # that share the free nats of one entry
-        loss = beta * kl.clamp_min(free_bits * n_codes).sum() - reconstruction
+        # Only then: a KL that is averaged over draws may be below zero, and keeps its gradient.
+        paid = kl
+        if free_bits > 0.0:
+            n_codes = z.shape[-1] // len(kl)  # that share the free nats of one entry
+            paid = kl.clamp_min(free_bits * n_codes)
+        loss = beta * paid.sum() - reconstruction
         bound = (reconstruction - kl.sum()).detach()
     return loss, bound
 

@@ -366,7 +366,9 @@ class DiagonalFamily(nn.Module):
         prior_moments: tuple[Tensor, Tensor] | None,
     ) -> Diagonal:
         k = self.n_components
-        mean, log_var = output[..., :k], bounded_log_var(output[..., k : 2 * k])
+        # One split: its way back is one operation, that of two slices five.
+        mean, raw, _ = output.split([k, k, output.shape[-1] - 2 * k], -1)
+        log_var = bounded_log_var(raw)
         if known is not None and prior_moments is not None:
             mean = torch.where(known, mean, prior_moments[0])
             log_var = torch.where(known, log_var, prior_moments[1].log())
