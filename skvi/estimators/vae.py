@@ -86,8 +86,9 @@ _LEAST_PRODUCT_FOR_BFLOAT16 = 20_000_000
 _FREE_TO_CHANGE = {"checkpoint", "n_mc", "verbose"}
 # With which the posterior of a row is refined; other than those of its score.
 _REFINING_DRAWS = 16
-# So many draws of a block of rows are decoded at a time, whatever their number.
-_DRAWS_PER_BLOCK = 64
+# So many draws of a block of rows are decoded at a time at most, and fewer of wide networks.
+_MOST_DRAWS_PER_BLOCK = 64
+_ROWS_PER_BLOCK = 64
 _WARMUP_STEPS = 20
 # Without held-out rows: training has settled when a window gains less, in nats per row.
 _TRAINING_TOL = 0.01
@@ -123,6 +124,15 @@ class _Model(NamedTuple):
     def on(self, device: torch.device, dtype: torch.dtype) -> VAE:
         """Return the network on `device` in `dtype`; its values are copies."""
         return restore(self.architecture, self.weights, device, dtype)
+
+    def draws_per_block(self, device: torch.device) -> int:
+        """Return how many draws of each row of a block are decoded at a time.
+
+        It does not depend on the rows. What does not fit the memory of a block is got from the
+        system and given back for every block, which takes longer than what is computed there.
+        """
+        codes = block_rows(self.architecture.floats_per_draw, device, at_least=1)
+        return min(max(1, codes // _ROWS_PER_BLOCK), _MOST_DRAWS_PER_BLOCK)
 
     def noise(self, n_draws: int, like: Tensor, *, matched: bool = True) -> Tensor:
         """Return the draws that all rows of all calls share, shape (S, k).
@@ -1182,15 +1192,15 @@ class VAETransformer(
 
         def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor, ...]:
             noise = self._model.noise(n_importance, x, matched=False)
-            return objective.predictive_moments(net, x, observed, noise, _DRAWS_PER_BLOCK)
+            return objective.predictive_moments(net, x, observed, noise, n_draws)
 
         missing = np.isnan(X)
         filled, std = X.copy(), np.zeros_like(X)
         some = missing.any(axis=1)
         if some.any():
-            # of which every cell has two moments
-            n_draws = 2 * min(n_importance, _DRAWS_PER_BLOCK)
-            mean, var = self._evaluate(X[some], device, n_draws, evaluate)
+            # every cell of which has two moments
+            n_draws = min(n_importance, max(1, self._model.draws_per_block(device) // 2))
+            mean, var = self._evaluate(X[some], device, 2 * n_draws, evaluate)
             filled[missing] = self._original_units(mean)[missing[some]]
             std[missing] = (np.sqrt(var) * self._model.affine.scale)[missing[some]]
         return (filled, std) if return_std else filled
@@ -1223,7 +1233,7 @@ class VAETransformer(
         # Draws are the host's: the same on every device. CUDA's of large counts would use random
         # numbers twice, in one block and in the next (pytorch issue 136750).
         generator, cpu = make_generator(seed), torch.device("cpu")
-        host = self._model.on(cpu, torch.float64)
+        host = net if device == cpu else self._model.on(cpu, torch.float64)
         law = host.likelihood
         like = torch.empty(0, dtype=torch.float64, device=cpu)
         x = []
@@ -1253,7 +1263,7 @@ class VAETransformer(
             Steps of gradient ascent that every row's posterior makes from the encoder's answer
             (Kim et al. 2018), by 16 draws other than those of the score. The better of before and
             after is kept, so that no row loses; a choice by the draws of the score, which makes
-            it too high by less than their error. 100 steps cost about 150 times the plain score.
+            it too high by less than their error. 100 steps cost 50 to 150 times the plain score.
 
         Returns
         -------
@@ -1356,9 +1366,9 @@ class VAETransformer(
 
         def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor]:
             noise = self._model.noise(n_importance, x, matched=False)
-            return (objective.log_predictive(net, x, observed, noise, _DRAWS_PER_BLOCK),)
+            return (objective.log_predictive(net, x, observed, noise, n_draws),)
 
-        n_draws = min(n_importance, _DRAWS_PER_BLOCK)
+        n_draws = min(n_importance, self._model.draws_per_block(device))
         (values,) = self._evaluate(X, device, n_draws, evaluate)
         return values.astype(np.float64) - _log_scale(X, self._model.affine)
 
@@ -1405,15 +1415,19 @@ class VAETransformer(
         dtype = _torch_dtype(X)
         net = self._model.on(device, dtype)
         rows = Rows(by_rows(X), self._model.affine, device, keep="never")
+        out: list[np.ndarray] = []
         with torch.no_grad():
-            parts = [
-                [value.cpu().numpy() for value in function(net, *split_missing(x.to(dtype)))]
-                for _, x, _ in rows.blocks(n_draws * self._model.architecture.floats_per_draw)
-            ]
-        return [np.concatenate(column) for column in zip(*parts, strict=True)]
+            for place, x, _ in rows.blocks(n_draws * self._model.architecture.floats_per_draw):
+                parts = [v.cpu().numpy() for v in function(net, *split_missing(x.to(dtype)))]
+                # Results of blocks that stay between the large arrays of the next ones would keep
+                # the memory of these from being used again: gigabytes for 200000 rows.
+                out = out or [np.empty((X.shape[0], *v.shape[1:]), v.dtype) for v in parts]
+                for whole, part in zip(out, parts, strict=True):
+                    whole[place] = part
+        return out
 
     def _outputs(
-        self, net: VAE, x: Tensor, observed: Tensor | None, refine: int, noise: Tensor
+        self, net: VAE, x: Tensor, observed: Tensor | None, refine: int, n_mc: int
     ) -> Tensor:
         """Return what stands for the posteriors of rows: the encoder's output, or better."""
         if refine == 0:
@@ -1421,7 +1435,8 @@ class VAETransformer(
         model = self._model
         seed = _derive_seed(model.seed, 0)
         own_noise = matched_noise(_REFINING_DRAWS, model.architecture.n_components, seed).to(x)
-        return objective.refine(net, x, observed, refine, own_noise, noise, _DRAWS_PER_BLOCK)
+        noise, n_draws = model.noise(n_mc, x), model.draws_per_block(x.device)
+        return objective.refine(net, x, observed, refine, own_noise, noise, n_draws)
 
     def _encode(
         self, X: np.ndarray, device: torch.device, refine: int = 0
@@ -1429,11 +1444,13 @@ class VAETransformer(
         n_mc = check_count(self.n_mc, "n_mc")
 
         def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
-            output = self._outputs(net, x, observed, refine, self._model.noise(n_mc, x))
+            output = self._outputs(net, x, observed, refine, n_mc)
             mean, var = net.prior.code_moments(net.posterior_of(output, observed))
             return mean, var.sqrt()
 
-        n_draws = max(_REFINING_DRAWS, min(n_mc, _DRAWS_PER_BLOCK)) if refine else 1
+        n_draws = 1
+        if refine:
+            n_draws = max(_REFINING_DRAWS, min(n_mc, self._model.draws_per_block(device)))
         if self._model.architecture.posterior == "flow":  # which has no moments in closed form
             n_draws = max(n_draws, MOMENT_DRAWS)
         mean, std = self._evaluate(X, device, n_draws, evaluate)
@@ -1463,13 +1480,14 @@ class VAETransformer(
         n_mc = check_count(self.n_mc, "n_mc")  # may have been set since the fit
 
         def evaluate(net: VAE, x: Tensor, observed: Tensor | None) -> tuple[Tensor, ...]:
+            output = self._outputs(net, x, observed, refine, n_mc)
             noise = self._model.noise(n_mc, x)
-            output = self._outputs(net, x, observed, refine, noise)
-            return objective.elbo_terms(net, x, observed, noise, _DRAWS_PER_BLOCK, output)
+            return objective.elbo_terms(net, x, observed, noise, n_draws, output)
 
-        n_draws = max(min(n_mc, _DRAWS_PER_BLOCK), _REFINING_DRAWS if refine else 1)
+        n_draws = min(n_mc, self._model.draws_per_block(device))
+        n_held = max(n_draws, _REFINING_DRAWS if refine else 1)
         terms = ElboTerms(
-            *(v.astype(np.float64) for v in self._evaluate(X, device, n_draws, evaluate))
+            *(v.astype(np.float64) for v in self._evaluate(X, device, n_held, evaluate))
         )
         change_of_units = _log_scale(X, self._model.affine)
         return terms._replace(
@@ -1527,8 +1545,10 @@ def _log_scale(X: Any, affine: Affine) -> np.ndarray | float:
         row = np.searchsorted(X.indptr, entry, side="right") - 1
         lost = np.bincount(row, np.log(affine.scale)[X.indices[entry]], minlength=X.shape[0])
         return affine.log_abs_det - lost
-    missing = np.isnan(X)
-    return ~missing @ np.log(affine.scale) if missing.any() else affine.log_abs_det
+    slices = list(row_slices(X.shape[0], 1024))
+    if not any(np.isnan(X[rows]).any() for rows in slices):
+        return affine.log_abs_det
+    return np.concatenate([~np.isnan(X[rows]) @ np.log(affine.scale) for rows in slices])
 
 
 def _resident(X: np.ndarray, affine: Affine, device: torch.device, dtype: torch.dtype) -> Tensor:

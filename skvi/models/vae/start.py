@@ -111,7 +111,8 @@ class _Dense(NamedTuple):
         return self.x @ columns
 
     def cross(self, z: Tensor) -> Tensor:
-        return self.x.T @ z
+        # Transposed: of few columns the product from the right is three to ten times as fast.
+        return (z.T @ self.x).T
 
     def square_sums(self) -> Tensor:
         return self.x.square().sum(0)
