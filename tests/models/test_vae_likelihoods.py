@@ -663,3 +663,33 @@ def test_missing_cells_do_not_scale_what_the_encoder_reads():
     floor, weight = torch.full((2,), 1e-3).double(), torch.ones(4).double()
     initialise(model, TrainingRows.of(x, observed), weight, floor, make_generator(0))
     assert model.input_scale.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("levels", [(4,), (3, 3, 3), (3, 3, 2, 2, 2, 5, 3)])
+def test_codes_are_taken_column_by_column_however_their_levels_are_grouped(levels, rng):
+    likelihood = LIKELIHOODS["categorical"](levels)
+    x = torch.from_numpy(np.stack([rng.integers(0, n, 6) for n in levels], 1).astype(float))
+    output = torch.from_numpy(rng.normal(size=(2, 6, sum(levels))))  # (S, B, n_outputs)
+    columns = output.split(levels, -1)
+    cells = [
+        column.log_softmax(-1)[:, torch.arange(6), code.long()]
+        for column, code in zip(columns, x.T, strict=True)
+    ]
+    torch.testing.assert_close(likelihood.cells(x, output), torch.stack(cells, -1))
+    torch.testing.assert_close(
+        likelihood.statistics(output), torch.cat([c.softmax(-1) for c in columns], -1)
+    )
+    mode = torch.stack([c.argmax(-1) for c in columns], -1)
+    torch.testing.assert_close(likelihood.mean(output), mode.double())
+    indicators = [
+        torch.nn.functional.one_hot(code.long(), n) for code, n in zip(x.T, levels, strict=True)
+    ]
+    torch.testing.assert_close(likelihood.features(x), torch.cat(indicators, -1).double())
+    repeated = x.repeat_interleave(torch.tensor(levels), -1)
+    torch.testing.assert_close(likelihood.per_feature(x), repeated)
+    bias, weight = output[0, 0], torch.from_numpy(rng.normal(size=(sum(levels), 2)))
+    loadings, noise = likelihood.linearised(bias, weight)
+    p = torch.cat([b.softmax(-1) for b in bias.split(levels)])
+    torch.testing.assert_close(noise, p)
+    blocks = [torch.diag(q) - torch.outer(q, q) for q in p.split(levels)]
+    torch.testing.assert_close(loadings, torch.block_diag(*blocks) @ weight)

@@ -1,5 +1,7 @@
 """The likelihood of integer codes."""
 
+import itertools
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -28,36 +30,45 @@ class Categorical(Likelihood):
 
     def __init__(self, n_levels: tuple[int, ...]) -> None:
         super().__init__(len(n_levels), sum(n_levels), sum(n_levels))
-        self.n_levels = n_levels
+        # Neighbours with equally many levels are one operation: how many columns, how many levels.
+        self.runs = [(len(list(run)), n) for n, run in itertools.groupby(n_levels)]
+
+    def _columns(self, x: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Cut one value per column, (..., D), into runs (..., n), with their numbers of levels."""
+        parts = x.split([n for n, _ in self.runs], dim=-1)
+        return zip(parts, [n_levels for _, n_levels in self.runs], strict=True)
+
+    def _levels(self, output: Tensor) -> list[Tensor]:
+        """Cut one value per level, (..., n_outputs), into runs (..., n, K)."""
+        parts = output.split([n * n_levels for n, n_levels in self.runs], dim=-1)
+        return [part.unflatten(-1, run) for part, run in zip(parts, self.runs, strict=True)]
 
     def features(self, x: Tensor) -> Tensor:
-        codes = zip(x.unbind(-1), self.n_levels, strict=True)
-        return torch.cat(
-            [code[..., None] == torch.arange(n, device=x.device) for code, n in codes], -1
-        ).to(x.dtype)
+        runs = [
+            (codes[..., None] == torch.arange(n, device=x.device)).flatten(-2)
+            for codes, n in self._columns(x)
+        ]
+        return torch.cat(runs, -1).to(x.dtype)
 
     def per_feature(self, cells: Tensor) -> Tensor:
-        columns = zip(cells.unbind(-1), self.n_levels, strict=True)
-        return torch.cat([c[..., None].expand(*c.shape, n) for c, n in columns], -1)
-
-    def _by_column(self, output: Tensor) -> tuple[Tensor, ...]:
-        return output.split(self.n_levels, dim=-1)
+        runs = [c[..., None].expand(*c.shape, n).flatten(-2) for c, n in self._columns(cells)]
+        return torch.cat(runs, -1)
 
     def least_noise(self, floor: Tensor) -> Tensor:
         # Indicators of a column determine each other, which is nothing for a code to explain.
         return floor.new_full((self.n_inputs,), 0.5)
 
     def cells(self, x: Tensor, output: Tensor) -> Tensor:
-        columns = []
-        for code, logits in zip(x.long().unbind(-1), self._by_column(output), strict=True):
-            shape = torch.broadcast_shapes(code.shape, logits.shape[:-1])
-            chosen = logits.expand(*shape, -1).gather(-1, code.expand(shape)[..., None])
-            columns.append(chosen.squeeze(-1) - logits.logsumexp(-1))
-        return torch.stack(columns, -1)
+        runs = []
+        for (codes, _), logits in zip(self._columns(x.long()), self._levels(output), strict=True):
+            shape = torch.broadcast_shapes(codes.shape, logits.shape[:-1])
+            chosen = logits.expand(*shape, -1).gather(-1, codes.expand(shape)[..., None])
+            runs.append(chosen.squeeze(-1) - logits.logsumexp(-1))
+        return torch.cat(runs, -1)
 
     def statistics(self, output: Tensor) -> Tensor:
         """Return ``P(x_j = l|z)`` of all levels -> (..., n_outputs)."""
-        return torch.cat([logits.softmax(-1) for logits in self._by_column(output)], -1)
+        return torch.cat([logits.softmax(-1).flatten(-2) for logits in self._levels(output)], -1)
 
     @property
     def n_statistics(self) -> int:
@@ -65,9 +76,9 @@ class Categorical(Likelihood):
 
     def summarise(self, averages: Tensor) -> tuple[Tensor, Tensor]:
         """Return the most probable codes, and the variances ``p (1 - p)`` of their indicators."""
-        best = [p.max(-1) for p in self._by_column(averages)]
-        mode = torch.stack([b.indices for b in best], -1).to(averages.dtype)
-        p = torch.stack([b.values for b in best], -1)
+        best = [p.max(-1) for p in self._levels(averages)]
+        mode = torch.cat([b.indices for b in best], -1).to(averages.dtype)
+        p = torch.cat([b.values for b in best], -1)
         return mode, p * (1.0 - p).clamp_min(0.0)  # averages may be above 1 by rounding
 
     def mean(self, output: Tensor) -> Tensor:
@@ -92,9 +103,7 @@ class Categorical(Likelihood):
         # information diag(p) - p p' is that of independent levels, since indicators add up to one.
         p = self.statistics(bias)
         means = [
-            (share @ logits).expand_as(logits)
-            for share, logits in zip(
-                p.split(self.n_levels), weight.split(self.n_levels), strict=True
-            )
+            (share * slopes).sum(-1, keepdim=True).expand_as(slopes).flatten(-2)
+            for share, slopes in zip(self._levels(p), self._levels(weight.T), strict=True)
         ]
-        return p[:, None] * (weight - torch.cat(means)), p
+        return p[:, None] * (weight - torch.cat(means, -1).T), p
