@@ -99,7 +99,9 @@ for k, marker in zip(np.unique(wine.target), "o^s", strict=True):
         label=f"cultivar {k}",
     )  # fmt: skip
 right.set(xlabel="first principal axis", ylabel="second", title="Colour: component. Shape: truth")
-right.legend()
+for shape in right.legend().legend_handles:
+    shape.set_array(None)  # a cultivar has a shape, and the colours of several components
+    shape.set_color("grey")
 figure.savefig(IMAGES / "wine.png", dpi=110)
 plt.close(figure)
 
