@@ -542,6 +542,18 @@ def test_rows_that_are_read_once_are_not_kept(keep):
             assert values.cpu().tolist() == weight[some].tolist()
 
 
+@pytest.mark.parametrize("estimator", [BayesianLinearVI(), BayesianLogisticVI()], ids=repr)
+def test_regressions_do_not_follow_torchs_default_device(estimator):
+    X, y = load_diabetes(return_X_y=True)
+    y = y > 140.0 if isinstance(estimator, BayesianLogisticVI) else y
+    expected = clone(estimator).set_params(device="cpu").fit(X, y).score(X, y)
+    torch.set_default_device("meta")
+    try:
+        assert estimator.set_params(device="cpu").fit(X, y).score(X, y) == expected
+    finally:
+        torch.set_default_device(None)
+
+
 def test_the_emulated_device_refuses_what_a_gpu_does():
     generator = make_generator(0)
     with emulated_device():

@@ -131,8 +131,8 @@ class _Model(NamedTuple):
         It does not depend on the rows. What does not fit the memory of a block is got from the
         system and given back for every block, which takes longer than what is computed there.
         """
-        codes = block_rows(self.architecture.floats_per_draw, device, at_least=1)
-        return min(max(1, codes // _ROWS_PER_BLOCK), _MOST_DRAWS_PER_BLOCK)
+        floats = _ROWS_PER_BLOCK * self.architecture.floats_per_draw
+        return min(block_rows(floats, device, at_least=1), _MOST_DRAWS_PER_BLOCK)
 
     def noise(self, n_draws: int, like: Tensor, *, matched: bool = True) -> Tensor:
         """Return the draws that all rows of all calls share, shape (S, k).
@@ -539,13 +539,13 @@ class VAETransformer(
                     patience=Patience(self._patience(n_epochs), _TRAINING_TOL),
                     keeper=keeper,
                 )
+                scores = self._score_rows(X, door.device)
+                self._check_fitted_values(scores)
             except ValueError:
                 # It would fail again; with other parameters the file would be refused.
                 if keeper is not None:
                     keeper.remove()
                 raise
-            scores = self._score_rows(X, door.device)
-            self._check_fitted_values(scores)
             self.elbo_ = float(weight @ scores)
             self.n_iter_ = len(descent.history)
             self.converged_ = self.max_iter is None or descent.status is Status.CONVERGED

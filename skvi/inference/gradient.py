@@ -298,7 +298,7 @@ class _Steps:
             warnings.warn(
                 "The steps of training cannot be recorded and are made one by one, which takes "
                 # The end of a capture that failed raises an error of its own over the cause.
-                f"longer: {error.__context__ or error}",
+                f"longer: {': '.join(str(e) for e in (error, error.__context__) if e)}",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -637,6 +637,15 @@ def test_a_fit_that_diverges_leaves_no_checkpoint(iris, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_fit_whose_scores_are_not_finite_leaves_no_checkpoint(iris, tmp_path, monkeypatch):
+    monkeypatch.setattr(VAETransformer, "_score_rows", lambda self, X, *_: np.full(len(X), np.inf))
+    vae = _short(checkpoint=tmp_path / "vae.npz")
+    with pytest.raises(ValueError, match="not finite"):
+        vae.fit(iris)
+    assert list(tmp_path.iterdir()) == []
+    assert not hasattr(vae, "_model")
+
+
 def test_a_warm_start_is_part_of_a_checkpoint(iris, tmp_path, monkeypatch):
     path = tmp_path / "vae.npz"
     vae = _fit(_short(warm_start=True, checkpoint=path), iris)
@@ -1010,8 +1019,8 @@ def test_every_device(device, iris, binary):
         elsewhere = pickle.loads(pickle.dumps(vae)).set_params(device="cpu")
         np.testing.assert_allclose(elsewhere.score_samples(X), vae.score_samples(X), rtol=1e-6)
         np.testing.assert_allclose(elsewhere.transform(X), vae.transform(X), rtol=1e-6, atol=1e-9)
-        drawn, elsewhere = (v.sample(3, random_state=0)[0] for v in (vae, elsewhere))
-        np.testing.assert_allclose(elsewhere, drawn, rtol=1e-6, atol=1e-9)
+        drawn, there = (v.sample(3, random_state=0)[0] for v in (vae, elsewhere))
+        np.testing.assert_allclose(there, drawn, rtol=1e-6, atol=1e-9)
         vae.partial_fit(X)
 
 
